@@ -1,0 +1,182 @@
+"""The one room that knows ComfyUI's keys.
+
+Everything of the pack attaches to a clone of a MODEL through keyed wrappers (``attach``), keeps its state under one key
+of the run's own ``transformer_options`` (``run_state``), and changes a module only while one model call lasts
+(``swapped_forward``). Written for the common part of hosts 0.3.75 and 0.30.0.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+
+log = logging.getLogger("fovea")
+
+ModelOptions = dict[str, Any]
+TransformerOptions = dict[str, Any]
+
+# Set in transformer_options by the pack's own extra passes (gradients, references): caches and recorders let them through.
+PRIVATE_PASS = "fovea.private_pass"
+
+# Position of transformer_options among the arguments of an APPLY_MODEL wrapper: (x, t, c_concat, c_crossattn, control, options).
+_APPLY_MODEL_OPTIONS = 5
+
+_WRAPPER_KINDS = {
+    "outer_sample": WrappersMP.OUTER_SAMPLE,
+    "predict_noise": WrappersMP.PREDICT_NOISE,
+    "calc_cond_batch": WrappersMP.CALC_COND_BATCH,
+    "apply_model": WrappersMP.APPLY_MODEL,
+}
+
+
+# --- attaching ------------------------------------------------------------------------------------------------------
+
+
+def attach(model: ModelPatcher, key: str, technique: object) -> ModelPatcher:
+    """A clone of ``model`` whose sampling runs through ``technique``'s methods.
+
+    A method named after a kind of wrapper (``outer_sample``, ``predict_noise``, ``calc_cond_batch``, ``apply_model``)
+    becomes that wrapper. Attaching the same key again replaces what was there.
+    """
+    clone = detach(model, key)
+    for name, kind in _WRAPPER_KINDS.items():
+        wrapper = getattr(technique, name, None)
+        if wrapper is not None:
+            clone.add_wrapper_with_key(kind, key, wrapper)
+    return clone
+
+
+def detach(model: ModelPatcher, key: str) -> ModelPatcher:
+    """A clone of ``model`` without the wrappers of ``key``."""
+    clone = model.clone()
+    for kind in _WRAPPER_KINDS.values():
+        clone.remove_wrappers_with_key(kind, key)
+    return clone
+
+
+@contextmanager
+def run_scope(guider: Any, key: str, state: object) -> Iterator[None]:
+    """Keep ``state`` in the guider's options while one sampling run lasts (inside an OUTER_SAMPLE wrapper)."""
+    original = guider.model_options
+    guider.model_options = {**original, "transformer_options": {**original.get("transformer_options", {}), key: state}}
+    try:
+        yield
+    finally:
+        guider.model_options = original
+
+
+def run_state(options: ModelOptions | TransformerOptions, key: str) -> Any:
+    """The state that ``run_scope`` put there, from model options or transformer options; None outside such a run."""
+    return options.get("transformer_options", options).get(key)
+
+
+# --- reading a call -------------------------------------------------------------------------------------------------
+
+
+def apply_model_options(args: tuple[Any, ...] | list[Any]) -> TransformerOptions:
+    """transformer_options among the positional arguments of an APPLY_MODEL wrapper."""
+    return args[_APPLY_MODEL_OPTIONS]
+
+
+def with_apply_model_options(args: tuple[Any, ...] | list[Any], options: TransformerOptions) -> list[Any]:
+    """The same arguments with other transformer_options."""
+    return [*args[:_APPLY_MODEL_OPTIONS], options, *args[_APPLY_MODEL_OPTIONS + 1 :]]
+
+
+def cond_uuids(options: TransformerOptions) -> list[UUID]:
+    """Which conditioning each equal chunk of this call's batch belongs to, in batch order."""
+    return options["uuids"]
+
+
+def cond_or_uncond(options: TransformerOptions) -> list[int]:
+    """For each equal chunk of this call's batch: the index of its list of conds (0 positive, 1 negative)."""
+    return options["cond_or_uncond"]
+
+
+def diffusion_model(base_model: Any) -> torch.nn.Module:
+    """The network inside a BaseModel, without a torch.compile shell."""
+    network = base_model.diffusion_model
+    return getattr(network, "_orig_mod", network)
+
+
+def is_compiled(base_model: Any) -> bool:
+    """True where torch.compile runs the network or parts of it, so that swapping a forward would recompile or be ignored.
+
+    Core's node swaps compiled modules in only while a model call lasts; what it leaves to see is its wrapper.
+    """
+    patcher = base_model.current_patcher
+    wrapped = patcher is not None and bool(patcher.get_wrappers(WrappersMP.APPLY_MODEL, "torch.compile"))
+    return wrapped or any("_orig_mod" in module._modules for module in base_model.modules())
+
+
+def has_patches(options: TransformerOptions, name: str) -> bool:
+    """Whether a patch or a replacement is registered under ``name`` ("attn1", "attn2"), changing what its module receives."""
+    return bool(options.get("patches", {}).get(f"{name}_patch")) or bool(options.get("patches_replace", {}).get(name))
+
+
+def has_input_patches(options: TransformerOptions, name: str) -> bool:
+    """Whether a patch changes the tokens or the context before module ``name`` sees them."""
+    return bool(options.get("patches", {}).get(f"{name}_patch"))
+
+
+def has_output_patches(options: TransformerOptions) -> bool:
+    """Whether a patch receives attention outputs and might write to them."""
+    patches = options.get("patches", {})
+    return bool(patches.get("attn1_output_patch") or patches.get("attn2_output_patch"))
+
+
+def without_replacements(options: TransformerOptions, name: str) -> TransformerOptions:
+    """The options without the replacements of ``name``: the block then calls its own attention module."""
+    replacements = {k: v for k, v in options.get("patches_replace", {}).items() if k != name}
+    return {**options, "patches_replace": replacements}
+
+
+def is_windowed(options: ModelOptions) -> bool:
+    """True where context windows cut one evaluation into several model calls."""
+    return options.get("context_handler") is not None
+
+
+def needs_uncond(options: ModelOptions) -> bool:
+    """True where a sampler (cfg++) or another node (SAG, NAG) asked for a real negative prediction at every step."""
+    return bool(options.get("disable_cfg1_optimization", False))
+
+
+def combines_as_cfg(guider: Any) -> bool:
+    """True where the guider mixes exactly [positive, negative] as classifier-free guidance does."""
+    ours = getattr(guider, "fovea_combines_as_cfg", False)
+    return ours or type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
+
+
+# --- modules, memory, control ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def swapped_forward(replacements: list[tuple[torch.nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Give modules another ``forward`` for the length of the block; what was there before comes back in any case."""
+    before = [(module, module.__dict__.get("forward")) for module, _ in replacements]
+    try:
+        for module, forward in replacements:
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, forward in before:
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+
+def spare_memory(device: torch.device) -> float:
+    """Bytes on ``device`` beyond what the host keeps free for inference; unlimited on the CPU."""
+    if device.type == "cpu":
+        return float("inf")
+    return comfy.model_management.get_free_memory(device) - comfy.model_management.minimum_inference_memory()

@@ -1,0 +1,77 @@
+"""Start a real ComfyUI inside this process: for tests, benchmarks and evaluation.
+
+The server is another matter (``host_server.py``); here only the host's Python modules are imported, the way
+``main.py`` imports them, and the pack is loaded the way the host loads a custom node folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parent.parent
+PACK_MODULE = "fovea_attention"
+_DEMO_NODES = Path(__file__).resolve().parent / "host_nodes"
+
+
+def start_host(path: str | os.PathLike[str] | None = None, *, cpu: bool | None = None, argv: tuple[str, ...] = ()) -> Path:
+    """Put the ComfyUI folder at ``path`` (default: ``$COMFYUI_PATH``) on ``sys.path`` and parse its command line.
+
+    ``cpu`` defaults to "no CUDA device here". Must run before anything imports ``comfy``.
+    """
+    host = Path(path or os.environ.get("COMFYUI_PATH", "")).resolve()
+    if not (host / "comfy").is_dir():
+        raise FileNotFoundError(f"{host} is not a ComfyUI folder (it has no 'comfy' inside). Set COMFYUI_PATH or pass --comfyui.")
+    if "comfy" in sys.modules:
+        raise RuntimeError("ComfyUI is already imported in this process; start_host() must come first.")
+    # The pack's own `nodes` folder must not shadow the host's `nodes.py`.
+    sys.path[:] = [p for p in sys.path if Path(p or os.getcwd()).resolve() != ROOT]
+    sys.path.insert(0, str(host))
+    own_argv, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        from comfy.cli_args import args
+    finally:
+        sys.argv = own_argv
+    if cpu is None:
+        import torch
+
+        cpu = not torch.cuda.is_available()
+    args.cpu = cpu
+    return host
+
+
+def _load_folder(module_name: str, folder: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(module_name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_pack() -> ModuleType:
+    """Import the pack under ``fovea_attention``; its submodules are then importable (``fovea_attention.attention.tgate``)."""
+    return sys.modules.get(PACK_MODULE) or _load_folder(PACK_MODULE, ROOT)
+
+
+def pack_nodes() -> dict[str, type]:
+    """The pack's node classes by node id, from its real entry point."""
+
+    async def collect() -> list[type]:
+        extension = await load_pack().comfy_entrypoint()
+        return await extension.get_node_list()
+
+    return {node.GET_SCHEMA().node_id: node for node in asyncio.run(collect())}
+
+
+def register_demo_model() -> None:
+    """Make the host's standard loaders recognise the embedded model (demo and test hosts only)."""
+    if "fovea_demo_model" not in sys.modules:
+        _load_folder("fovea_demo_model", _DEMO_NODES / "fovea_demo_model")

@@ -1,0 +1,5 @@
+"""Nodes: schema and wiring. The maths lives in ``attention``."""
+
+from .tgate import TGateCache
+
+NODES = [TGateCache]

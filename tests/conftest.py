@@ -1,0 +1,69 @@
+"""Start the real host before any test module is imported, and share it.
+
+Every test here runs against a real ComfyUI: its modules are imported into this process (`COMFYUI_PATH` says which one),
+and tests marked `server` talk to a real server that is started once per run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+
+sys.path[:0] = [str(ROOT / "dev"), str(TESTS)]  # `dev` modules and shared test helpers are imported by their bare names
+
+import host_inprocess  # noqa: E402
+
+HOST = host_inprocess.start_host()
+
+import torch  # noqa: E402
+from host_server import HostServer  # noqa: E402
+
+# Tiny tensors: a second thread only waits, and more than one run may share the machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def host_path() -> Path:
+    """The folder of the ComfyUI under test."""
+    return HOST
+
+
+@pytest.fixture(scope="session")
+def host_version() -> str:
+    """The version of the ComfyUI under test, such as `0.30.0`."""
+    import comfyui_version
+
+    return comfyui_version.__version__
+
+
+@pytest.fixture(scope="session")
+def pack() -> ModuleType:
+    """The pack, imported the way the host imports a custom node folder."""
+    return host_inprocess.load_pack()
+
+
+@pytest.fixture(scope="session")
+def node_classes(pack: ModuleType) -> dict[str, type]:
+    """The pack's node classes by node id."""
+    return host_inprocess.pack_nodes()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostServer]:
+    """A real server of the host under test, with the pack and the embedded model; started once for all tests."""
+    with HostServer(HOST, tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def object_info(server: HostServer) -> dict[str, Any]:
+    """The schema of every node, as the server tells it to the browser."""
+    return server.object_info()

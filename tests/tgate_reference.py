@@ -1,0 +1,113 @@
+"""T-GATE restated without skipping anything: the whole model always runs, and outputs are overwritten.
+
+It shares no code with the pack. Attention is replaced through the host's output patches and guidance through its cfg
+function, so that it says what the picture must be, slowly, in any graph that leaves those hooks free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+
+@dataclass
+class Reference:
+    gate: int
+    sp: int = 1
+    fi: int = 1
+    warm_up: int = 2
+    drop: bool = True
+    mean: bool = True  # one positive and one negative prompt: their mean is what the gate stores
+
+    stored: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
+    kinds: dict[Any, int] = field(default_factory=dict)  # cond uuid -> 0 positive, 1 negative
+
+    def apply(self, model: ModelPatcher) -> ModelPatcher:
+        patched = model.clone()
+        patched.set_model_attn1_output_patch(lambda out, extra: self._attention(out, extra, "self"))
+        patched.set_model_attn2_output_patch(lambda out, extra: self._attention(out, extra, "cross"))
+        if self.drop:
+            patched.set_model_sampler_cfg_function(self._guidance)
+        return patched
+
+    def _step(self, sigma: torch.Tensor, sigmas: torch.Tensor) -> int:
+        return max(int((sigmas[:-1] * 1.0001 >= sigma.max()).sum()) - 1, 0)
+
+    def _guidance(self, args: dict[str, Any]) -> torch.Tensor:
+        step = self._step(args["sigma"], args["model_options"]["transformer_options"]["sample_sigmas"])
+        if step >= self.gate:
+            return args["cond"]
+        return args["uncond"] + (args["cond"] - args["uncond"]) * args["cond_scale"]
+
+    def _attention(self, out: torch.Tensor, extra: dict[str, Any], kind: str) -> torch.Tensor:
+        step = self._step(extra["sigmas"], extra["sample_sigmas"])
+        self.kinds.update(zip(extra["uuids"], extra["cond_or_uncond"], strict=True))
+        place = (kind, *extra["block"], extra["block_index"])
+        chunks = out.chunk(len(extra["uuids"]))
+        return torch.cat([self._one(place, uuid, chunk, step) for uuid, chunk in zip(extra["uuids"], chunks, strict=True)])
+
+    def _one(self, place: tuple[Any, ...], uuid: Any, out: torch.Tensor, step: int) -> torch.Tensor:
+        kind = place[0]
+        if step < self.gate - 1:
+            reuse = kind == "self" and step > self.warm_up and step % self.sp != 0
+        elif step == self.gate - 1:
+            reuse = False
+        else:
+            reuse = kind == "cross" or step % self.fi != 0
+        if reuse and (place, uuid) in self.stored:
+            gated = step >= self.gate and (kind == "cross" or (place, uuid, "refreshed") not in self.stored)
+            if gated and self.mean and self.drop and len(self.kinds) == 2:
+                return sum(self.stored[place, one] for one in self.kinds) / 2
+            return self.stored[place, uuid]
+        self.stored[place, uuid] = out.clone()
+        if step >= self.gate:
+            self.stored[place, uuid, "refreshed"] = out
+        return out
+
+
+def relative_difference(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over largest value."""
+    return float((result - expected).abs().max() / expected.abs().max())
+
+
+def assert_same_picture(result: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal up to float32 rounding: a batch of one and a batch of two are summed in another order, over all steps."""
+    assert torch.isfinite(result).all()
+    assert relative_difference(result, expected) < 2e-5
+
+
+class ModuleReference(Reference):
+    """The same for any network: attention modules are called, and hooks overwrite what they return.
+
+    ``modules`` maps attribute names to "self" or "cross".
+    """
+
+    def apply_to(self, model: ModelPatcher, modules: dict[str, str]) -> ModelPatcher:
+        patched = model.clone()
+        patched.add_wrapper_with_key("apply_model", "tgate reference", self._note_call)
+        patched.set_model_sampler_cfg_function(self._guidance)
+        self.handles = []
+        for name, module in model.model.diffusion_model.named_modules():
+            kind = modules.get(name.rsplit(".", 1)[-1])
+            if kind is not None:
+                self.handles.append(module.register_forward_hook(self._hook(kind, name)))
+        return patched
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _note_call(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        self.extra = args[5]
+        return executor(*args, **kwargs)
+
+    def _hook(self, kind: str, name: str) -> Any:
+        def overwrite(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+            tensor = output[0] if isinstance(output, tuple) else output
+            tensor = self._attention(tensor, {**self.extra, "block": (name,), "block_index": 0}, kind)
+            return (tensor,) if isinstance(output, tuple) else tensor
+
+        return overwrite
