@@ -8,7 +8,8 @@ of the run's own ``transformer_options`` (``run_state``), and changes a module o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
@@ -27,8 +28,12 @@ TransformerOptions = dict[str, Any]
 # Set in transformer_options by the pack's own extra passes (gradients, references): caches and recorders let them through.
 PRIVATE_PASS = "fovea.private_pass"
 
+# transformer_options: a function that takes the place of every attention call that passes its transformer_options on.
+_ATTENTION_OVERRIDE = "optimized_attention_override"
+
 # Position of transformer_options among the arguments of an APPLY_MODEL wrapper: (x, t, c_concat, c_crossattn, control, options).
 _APPLY_MODEL_OPTIONS = 5
+_APPLY_MODEL_CONTEXT = 3
 
 _WRAPPER_KINDS = {
     "outer_sample": WrappersMP.OUTER_SAMPLE,
@@ -92,6 +97,28 @@ def with_apply_model_options(args: tuple[Any, ...] | list[Any], options: Transfo
     return [*args[:_APPLY_MODEL_OPTIONS], options, *args[_APPLY_MODEL_OPTIONS + 1 :]]
 
 
+def apply_model_text(args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> torch.Tensor | None:
+    """The text of a model call: its cross-attention context, or the conditioning ``name`` of a network that has none."""
+    return args[_APPLY_MODEL_CONTEXT] if name == "c_crossattn" else kwargs.get(name)
+
+
+def latent_shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """(batch, channels, [frames,] height, width) of a model call; of the video, where video and audio come packed."""
+    packed = kwargs.get("latent_shapes")
+    return tuple(args[0].shape) if packed is None else (args[0].shape[0], *packed[0][1:])
+
+
+def activations_size(options: TransformerOptions) -> tuple[int, int] | None:
+    """Height and width of the feature map that a U-Net's attention call belongs to."""
+    shape = options.get("activations_shape")
+    return None if shape is None else (shape[-2], shape[-1])
+
+
+def in_worker_thread(options: TransformerOptions) -> bool:
+    """Whether this model call is one of several at the same time, on several GPUs."""
+    return "multigpu_thread_device" in options
+
+
 def cond_uuids(options: TransformerOptions) -> list[UUID]:
     """Which conditioning each equal chunk of this call's batch belongs to, in batch order."""
     return options["uuids"]
@@ -134,15 +161,15 @@ def has_output_patches(options: TransformerOptions) -> bool:
     return bool(patches.get("attn1_output_patch") or patches.get("attn2_output_patch"))
 
 
+def has_replacements(options: TransformerOptions, name: str) -> bool:
+    """Whether another node computes the attention of module ``name`` itself, so that no attention call is to be seen."""
+    return bool(options.get("patches_replace", {}).get(name))
+
+
 def without_replacements(options: TransformerOptions, name: str) -> TransformerOptions:
     """The options without the replacements of ``name``: the block then calls its own attention module."""
     replacements = {k: v for k, v in options.get("patches_replace", {}).items() if k != name}
     return {**options, "patches_replace": replacements}
-
-
-def is_windowed(options: ModelOptions) -> bool:
-    """True where context windows cut one evaluation into several model calls."""
-    return options.get("context_handler") is not None
 
 
 def needs_uncond(options: ModelOptions) -> bool:
@@ -154,6 +181,42 @@ def combines_as_cfg(guider: Any) -> bool:
     """True where the guider mixes exactly [positive, negative] as classifier-free guidance does."""
     ours = getattr(guider, "fovea_combines_as_cfg", False)
     return ours or type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
+
+
+# --- watching attention ---------------------------------------------------------------------------------------------
+
+
+def with_attention_observer(options: TransformerOptions, observe: Callable[..., None]) -> TransformerOptions:
+    """Options whose attention calls first show their arguments to ``observe`` and then go the way they would have gone.
+
+    What was installed before is called as before; the result is passed on untouched. (A plain closure: 0.3.75 copies
+    objects that it finds in the options.)
+    """
+    previous = options.get(_ATTENTION_OVERRIDE)
+
+    def override(attention: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        observe(*args, **kwargs)
+        return attention(*args, **kwargs) if previous is None else previous(attention, *args, **kwargs)
+
+    return {**options, _ATTENTION_OVERRIDE: override}
+
+
+@contextmanager
+def options_for_attention(modules: tuple[str, ...], options: TransformerOptions) -> Iterator[None]:
+    """Let the attention calls of ``modules``, which drop transformer_options, carry ``options`` while the block lasts."""
+    loaded = [sys.modules[name] for name in modules if name in sys.modules]
+    before = [(module, module.optimized_attention) for module in loaded]  # type: ignore[attr-defined]
+
+    def carrying(attention: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *args, **kwargs: attention(*args, **{"transformer_options": options, **kwargs})
+
+    try:
+        for module, attention in before:
+            module.optimized_attention = carrying(attention)  # type: ignore[attr-defined]
+        yield
+    finally:
+        for module, attention in before:
+            module.optimized_attention = attention  # type: ignore[attr-defined]
 
 
 # --- modules, memory, control ---------------------------------------------------------------------------------------

@@ -224,6 +224,7 @@ class TGateRun:
 
         self.step = -1
         self.first_at_step = False  # not a second evaluation of the same step (Heun and its kin)
+        self.latent_shape = torch.Size()  # what the sampler evaluates; context windows hand on a part of it
         self.awaits_main_call = False  # the next batch of conds is the sampler's own
         self.call: MainCall | None = None  # that batch, while it runs
         self.stored_means: bool | None = None  # what the cross-attention cache holds since the gate; None: nothing yet
@@ -243,7 +244,8 @@ class TGateRun:
             self._sites[id(network)] = [] if host.is_compiled(model) else attention_sites(network)
         return self._sites[id(network)]
 
-    def begin_evaluation(self, sigma: float) -> None:
+    def begin_evaluation(self, sigma: float, latent_shape: torch.Size) -> None:
+        self.latent_shape = latent_shape
         step = self.clock.step_at(sigma)
         self.first_at_step = step != self.step
         self.step = step
@@ -339,7 +341,7 @@ class TGate:
     def predict_noise(self, executor: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: ModelOptions, seed: Any = None) -> Any:
         run = host.run_state(model_options, KEY)
         if run is not None:
-            run.begin_evaluation(float(timestep.max()))
+            run.begin_evaluation(float(timestep.max()), x.shape)
         return executor(x, timestep, model_options, seed)
 
     def calc_cond_batch(
@@ -350,7 +352,7 @@ class TGate:
         if run is None or run.stopped or private or not run.awaits_main_call:
             return executor(model, conds, x, timestep, model_options)
         run.awaits_main_call = False
-        if host.is_windowed(model_options):
+        if x.shape != run.latent_shape:
             run.stop("context windows cut each step into several model calls")
             return executor(model, conds, x, timestep, model_options)
         return self._main_call(run, executor, model, conds, x, timestep, model_options)

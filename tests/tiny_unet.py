@@ -63,6 +63,8 @@ def small_model(in_channels: int = 4, seed: int = 0) -> comfy.model_patcher.Mode
         "dtype": torch.float32,
     }
     model = comfy.model_base.BaseModel(comfy.supported_models.SD15(config))
+    if in_channels > 4:
+        model.set_inpaint()
     randomise(model, seed)
     return patcher(model)
 
