@@ -1,0 +1,55 @@
+"""The ``FoveaPrompt`` node."""
+
+from __future__ import annotations
+
+import logging
+
+from comfy_api.latest import io
+
+from ..attention import tokens
+from ._schema import node_schema
+
+log = logging.getLogger("fovea")
+
+
+class FoveaPrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "FoveaPrompt",
+            display_name="Prompt with Subjects",
+            description=(
+                "Encodes a prompt like CLIP Text Encode and remembers where each word is, so that other Fovea nodes can look at "
+                "words or guide them. Put the things that matter in square brackets: a [cat] and a [red frog]."
+            ),
+            search_aliases=["prompt", "clip text encode", "subjects", "tokens", "words", "attend and excite", "attention maps"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder, from the checkpoint or CLIP loader."),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="The prompt. Mark subjects with square brackets: a [cat] and a [red frog]. The picture is that of "
+                    r"the prompt without the brackets. Write \[ and \] for brackets that belong to the prompt.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="conditioning",
+                    tooltip="The encoded prompt, for any sampler or conditioning node, with the places of its words.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip: io.Clip.Type, text: str) -> io.NodeOutput:
+        if clip is None:
+            raise ValueError(
+                "The input 'clip' is empty: this checkpoint has no text encoder. Load one with a CLIP loader and connect it here."
+            )
+        plain, subjects = tokens.parse_subjects(text)
+        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(plain))
+        known = tokens.metadata(clip, plain, subjects, conditioning[0][0].shape[1])
+        if "error" in known:
+            log.warning("Prompt with Subjects: %s", known["error"])
+        return io.NodeOutput([[encoded, {**options, tokens.METADATA: known}] for encoded, options in conditioning])
