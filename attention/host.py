@@ -205,7 +205,7 @@ def with_attention_observer(options: TransformerOptions, observe: Callable[..., 
 def options_for_attention(modules: tuple[str, ...], options: TransformerOptions) -> Iterator[None]:
     """Let the attention calls of ``modules``, which drop transformer_options, carry ``options`` while the block lasts."""
     loaded = [sys.modules[name] for name in modules if name in sys.modules]
-    before = [(module, module.optimized_attention) for module in loaded]  # type: ignore[attr-defined]
+    before = [(module, module.optimized_attention) for module in loaded]
 
     def carrying(attention: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return lambda *args, **kwargs: attention(*args, **{"transformer_options": options, **kwargs})

@@ -328,7 +328,9 @@ class TGate:
     def __init__(self, settings: TGateSettings) -> None:
         self.settings = settings
 
-    def outer_sample(self, executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any) -> Any:
+    def outer_sample(
+        self, executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         guider = executor.class_obj
         run = TGateRun(self.settings, StepClock.from_sigmas(sigmas), host.combines_as_cfg(guider))
         try:
@@ -338,7 +340,9 @@ class TGate:
             log.info(run.summary())
             run.release()
 
-    def predict_noise(self, executor: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: ModelOptions, seed: Any = None) -> Any:
+    def predict_noise(
+        self, executor: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: ModelOptions, seed: Any = None
+    ) -> Any:
         run = host.run_state(model_options, KEY)
         if run is not None:
             run.begin_evaluation(float(timestep.max()), x.shape)
@@ -355,26 +359,32 @@ class TGate:
         if x.shape != run.latent_shape:
             run.stop("context windows cut each step into several model calls")
             return executor(model, conds, x, timestep, model_options)
-        return self._main_call(run, executor, model, conds, x, timestep, model_options)
+
+        def evaluate(wanted: list[Any]) -> list[torch.Tensor]:
+            return executor(model, wanted, x, timestep, model_options)
+
+        return self._main_call(run, model, conds, model_options, evaluate)
 
     def _main_call(
-        self, run: TGateRun, executor: Any, model: Any, conds: list[Any], x: torch.Tensor, timestep: torch.Tensor, options: ModelOptions
-    ) -> Any:
+        self,
+        run: TGateRun,
+        model: Any,
+        conds: list[Any],
+        options: ModelOptions,
+        evaluate: Callable[[list[Any]], list[torch.Tensor]],
+    ) -> list[torch.Tensor]:
         sites = run.sites(model)
-        caches_text = any(site.kind == "cross" for site in sites)
-        if not caches_text:
-            run.note(_why_no_cache(model))
-
         may_drop = self._may_drop(run, conds, options)
         pair = _only_pair(conds) if may_drop else None
-        opened = run.step >= run.gate and (not caches_text or run.stored_means is (pair is not None))
-        if not caches_text:
-            step_plan = StepPlan(Action.COMPUTE, Action.COMPUTE)
-        elif run.step >= run.gate and not opened:
-            # A sampler jumped over the step that stores (dpm_fast): this evaluation stores instead.
-            step_plan = plan(run.gate - 1, run.gate, run.settings)
+        if any(site.kind == "cross" for site in sites):
+            # A sampler may jump over the step that stores (dpm_fast): then the first evaluation beyond it stores.
+            opened = run.step >= run.gate and run.stored_means is (pair is not None)
+            step = run.step if opened else min(run.step, run.gate - 1)
+            step_plan = plan(step, run.gate, run.settings)
         else:
-            step_plan = plan(run.step, run.gate, run.settings)
+            run.note(_why_no_cache(model))
+            opened = run.step >= run.gate
+            step_plan = StepPlan(Action.COMPUTE, Action.COMPUTE)
         if step_plan.cross_attention is Action.STORE:
             run.cache.begin_store([site for site in sites if step_plan.action(site.kind) is Action.STORE])
         if opened and run.settings.fi_interval == 1:
@@ -382,56 +392,45 @@ class TGate:
 
         run.call = MainCall(step_plan, pair)
         try:
-            if opened and may_drop:
-                outputs = self._positive_or_negative(run, executor, model, conds, x, timestep, options, pair)
+            if not (opened and may_drop):
+                outputs = evaluate(conds)
             else:
-                outputs = executor(model, conds, x, timestep, options)
+                # Guidance between equal predictions is the identity, for any scale and for every node that works on both.
+                kept = self._kept_prompt(run, pair)
+                only = evaluate([cond if index == kept else None for index, cond in enumerate(conds)])
+                outputs = [only[kept], only[kept]]
+                run.dropped.add(run.step)
         finally:
             run.call = None
-        if run.stopped:
-            return outputs
-        if step_plan.cross_attention is Action.STORE:
-            run.stored_means = pair is not None
-        if Action.STORE in (step_plan.cross_attention, step_plan.self_attention):
-            run.cache_peak_bytes = max(run.cache_peak_bytes, run.cache.bytes)
-        self._watch_convergence(run)
+        if not run.stopped:
+            if step_plan.cross_attention is Action.STORE:
+                run.stored_means = pair is not None
+            if Action.STORE in (step_plan.cross_attention, step_plan.self_attention):
+                run.cache_peak_bytes = max(run.cache_peak_bytes, run.cache.bytes)
+            self._watch_convergence(run)
         return outputs
 
     def _may_drop(self, run: TGateRun, conds: list[Any], options: ModelOptions) -> bool:
-        if not run.settings.drops_cfg or len(conds) != 2 or not conds[POSITIVE] or not conds[NEGATIVE]:
-            if len(conds) > 2:
-                run.note("the guider uses more than a positive and a negative prompt, so all of them are kept")
+        if not run.settings.drops_cfg:
             return False
-        if not run.combines_as_cfg:
-            run.note("the guider does not combine its prompts as plain CFG, so the negative prompt is kept")
-            return False
-        if host.needs_uncond(options):
-            run.note("the sampler or another node needs the negative prompt at every step, so it is kept")
-            return False
-        return True
-
-    def _positive_or_negative(
-        self,
-        run: TGateRun,
-        executor: Any,
-        model: Any,
-        conds: list[Any],
-        x: torch.Tensor,
-        timestep: torch.Tensor,
-        options: ModelOptions,
-        pair: tuple[UUID, UUID] | None,
-    ) -> list[torch.Tensor]:
-        """Evaluate one list of conds and hand it out as both: classifier-free guidance of equal predictions is the identity."""
-        kept = POSITIVE
-        if run.settings.cfg_after_gate is CfgAfterGate.DROP_KEEP_NEGATIVE:
-            if pair is not None:
-                kept = NEGATIVE
+        if len(conds) > 2:
+            run.note("the guider uses more than a positive and a negative prompt, so all of them are kept")
+        elif len(conds) == 2 and conds[POSITIVE] and conds[NEGATIVE]:
+            if not run.combines_as_cfg:
+                run.note("the guider does not combine its prompts as plain CFG, so the negative prompt is kept")
+            elif host.needs_uncond(options):
+                run.note("the sampler or another node needs the negative prompt at every step, so it is kept")
             else:
-                run.note("several prompts act together, so the positive ones are kept instead of the negative")
-        only = [cond if index == kept else None for index, cond in enumerate(conds)]
-        outputs = executor(model, only, x, timestep, options)
-        run.dropped.add(run.step)
-        return [outputs[kept], outputs[kept]]
+                return True
+        return False
+
+    def _kept_prompt(self, run: TGateRun, pair: tuple[UUID, UUID] | None) -> int:
+        if run.settings.cfg_after_gate is not CfgAfterGate.DROP_KEEP_NEGATIVE:
+            return POSITIVE
+        if pair is None:  # without the mean in the cache nothing of the positive prompts would be left
+            run.note("several prompts act together, so the positive ones are kept instead of the negative")
+            return POSITIVE
+        return NEGATIVE
 
     def _watch_convergence(self, run: TGateRun) -> None:
         """Auto mode: once two successive steps agree, the next one stores and the gate opens after it."""
@@ -463,7 +462,9 @@ class TGate:
             self._choose_cache_device(run, args[0].device)
         with ExitStack() as stack:
             reusing = [site for site in sites if actions[site.kind] is Action.REUSE]
-            stack.enter_context(host.swapped_forward([(site.module, _reuse(site, run, call, uuids, options)) for site in reusing]))
+            stack.enter_context(
+                host.swapped_forward([(site.module, _reuse(site, run, call, uuids, options)) for site in reusing])
+            )
             for site in sites:
                 if actions[site.kind] is Action.STORE:
                     hook = _store(site, run, call, uuids, options, batch=args[0].shape[0])

@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK_MODULE = "fovea_attention"
@@ -61,10 +62,10 @@ def load_pack() -> ModuleType:
     return sys.modules.get(PACK_MODULE) or _load_folder(PACK_MODULE, ROOT)
 
 
-def pack_nodes() -> dict[str, type]:
+def pack_nodes() -> dict[str, Any]:
     """The pack's node classes by node id, from its real entry point."""
 
-    async def collect() -> list[type]:
+    async def collect() -> list[Any]:
         extension = await load_pack().comfy_entrypoint()
         return await extension.get_node_list()
 

@@ -1,5 +1,9 @@
 """Nodes: schema and wiring. The maths lives in ``attention``."""
 
+from .attn_capture import AttnMapCapture
+from .attn_files import FoveaLoadAttnMaps, FoveaSaveAttnMaps
+from .attn_preview import AttnMapPreview
+from .prompt import FoveaPrompt
 from .tgate import TGateCache
 
-NODES = [TGateCache]
+NODES = [FoveaPrompt, TGateCache, AttnMapCapture, AttnMapPreview, FoveaSaveAttnMaps, FoveaLoadAttnMaps]

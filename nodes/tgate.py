@@ -127,7 +127,7 @@ class TGateCache(io.ComfyNode):
             return io.NodeOutput(host.detach(model, tgate.KEY))
         if not settings.drops_cfg and not has_cross_attention(host.diffusion_model(model.model)):
             raise ValueError(
-                f"cfg_after_gate is 'keep', but {type(model.model).__name__} has no separate cross-attention to reuse, so nothing "
-                "would get faster. Choose one of the 'drop' options, or remove T-GATE Cache."
+                f"cfg_after_gate is 'keep', but {type(model.model).__name__} has no separate cross-attention to reuse, so "
+                "nothing would get faster. Choose one of the 'drop' options, or remove T-GATE Cache."
             )
         return io.NodeOutput(host.attach(model, tgate.KEY, tgate.TGate(settings)))

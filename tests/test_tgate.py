@@ -275,7 +275,9 @@ def test_one_log_line_says_what_was_done(tgate, caplog):
     caplog.set_level("INFO", logger="fovea")
     sample(tgate(small_model()), steps=25)
     lines = [record.getMessage() for record in caplog.records if record.name == "fovea"]
-    assert lines == ["T-GATE: cross-attention reused in 15 of 25 steps, negative prompt skipped in 15, self-attention reused in 5"]
+    assert lines == [
+        "T-GATE: cross-attention reused in 15 of 25 steps, negative prompt skipped in 15, self-attention reused in 5"
+    ]
 
 
 def test_one_step_is_a_plain_step(tgate):

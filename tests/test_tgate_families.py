@@ -22,8 +22,12 @@ WITH_CROSS_ATTENTION = {
     "cosmos_predict2": {"self_attn": "self", "cross_attn": "cross"},
 }
 
-separate = pytest.mark.parametrize("family", [f for name, f in FAMILIES.items() if name in WITH_CROSS_ATTENTION], ids=lambda family: family.name)
-joint = pytest.mark.parametrize("family", [f for name, f in FAMILIES.items() if name not in WITH_CROSS_ATTENTION], ids=lambda family: family.name)
+separate = pytest.mark.parametrize(
+    "family", [f for name, f in FAMILIES.items() if name in WITH_CROSS_ATTENTION], ids=lambda family: family.name
+)
+joint = pytest.mark.parametrize(
+    "family", [f for name, f in FAMILIES.items() if name not in WITH_CROSS_ATTENTION], ids=lambda family: family.name
+)
 
 
 @pytest.fixture
@@ -44,9 +48,7 @@ def reference_picture(family: Family, model, **schedule):
 
 
 @separate
-@pytest.mark.parametrize(
-    "settings", [{"sp_interval": 1}, {"sp_interval": 2, "fi_interval": 2, "warm_up": 0}], ids=["v1", "v2"]
-)
+@pytest.mark.parametrize("settings", [{"sp_interval": 1}, {"sp_interval": 2, "fi_interval": 2, "warm_up": 0}], ids=["v1", "v2"])
 def test_separate_cross_attention_is_reused(tgate, caplog, family, settings):
     caplog.set_level("INFO", logger="fovea")
     model = family.build()

@@ -24,13 +24,14 @@ import comfy_extras.nodes_perpneg as perpneg
 import comfy_extras.nodes_sag as sag
 import comfy_extras.nodes_tomesd as tomesd
 import node_helpers
-import nodes
 import pytest
 import torch
 from families import FAMILIES
 from families import sample as sample_family
 from tgate_reference import Reference, assert_same_picture, relative_difference
 from tiny_unet import UNET_CONFIG, cond, latent, randomise, sample, small_model
+
+import nodes
 
 STEPS, GATE = 8, 3
 REUSED = f"cross-attention reused in {STEPS - GATE} of {STEPS} steps"
@@ -226,7 +227,6 @@ def test_ksampler_advanced_in_two_halves(tgate, model):
 # --- guidance nodes -------------------------------------------------------------------------------------------------
 
 
-
 def run_node(node, *values):
     """Nodes that 0.30.0 has in the V3 form and 0.3.75 in the older one."""
     run = node.execute if hasattr(node, "execute") else getattr(node(), node.FUNCTION)
@@ -352,7 +352,9 @@ def test_another_packs_attention_replacement_is_skipped_after_the_gate(tgate, mo
 def test_a_patch_that_changes_the_batch_inside_attention_switches_tgate_off(tgate, caplog, model):
     """Regional-attention packs run cross-attention with more rows than the model's batch."""
     other = model.clone()
-    other.set_model_attn2_patch(lambda n, context, value, extra: (n.repeat(2, 1, 1), context.repeat(2, 1, 1), value.repeat(2, 1, 1)))
+    other.set_model_attn2_patch(
+        lambda n, context, value, extra: (n.repeat(2, 1, 1), context.repeat(2, 1, 1), value.repeat(2, 1, 1))
+    )
     other.set_model_attn2_output_patch(lambda n, extra: n[: n.shape[0] // 2])
     result = sample(tgate(other), steps=STEPS)
     assert "switched off in this run: another node changes the batch" in caplog.text

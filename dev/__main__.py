@@ -1,0 +1,117 @@
+"""The developer commands: `python dev demo`, `python dev test`, `python dev eval`, `python dev bench NAME`.
+
+Any Python 3.10 or newer can start them. It makes the environment they need, then hands over to that environment's
+Python: the same command again, with `FOVEA_INSIDE` set and `COMFYUI_PATH` naming the host. Started this way, the folder
+`dev` is on `sys.path` and the checkout is not, so the pack's `nodes` cannot be mistaken for ComfyUI's `nodes.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+if sys.version_info < (3, 10):  # noqa: UP036 - said plainly instead of a SyntaxError
+    sys.exit("This needs Python 3.10 or newer; you are running " + sys.version.split()[0] + ".")
+
+import demo
+import environment
+import host_archives
+import suite
+from stages import SetupError
+
+INSIDE = "FOVEA_INSIDE"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    host = argparse.ArgumentParser(add_help=False)
+    host.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI and its Python (or set COMFYUI_PATH)")
+    host.add_argument("--python", type=Path, metavar="EXE", help="the Python that runs the ComfyUI given with --comfyui")
+    parser = argparse.ArgumentParser(prog="python dev", description="Developer commands of ComfyUI-Fovea.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add = commands.add_parser
+    demo.add_arguments(add("demo", parents=[host], help="run a shipped workflow on a real ComfyUI with the embedded model"))
+    add("test", parents=[host], help="run every check on every pinned ComfyUI; what follows -- goes to pytest")
+    add("eval", parents=[host], add_help=False, help="measure the embedded model; see eval --help")
+    bench = add("bench", parents=[host], add_help=False, help="measure speed and memory; bench NAME --help")
+    bench.add_argument("name", choices=benchmarks(), metavar="NAME", help=f"one of: {', '.join(benchmarks())}")
+    add("env", parents=[host], help="only make the environment and the hosts, and say where they are")
+    return parser
+
+
+def benchmarks() -> list[str]:
+    return sorted(path.stem for path in (environment.DEV / "bench").glob("*.py") if path.stem not in ("__init__", "measure"))
+
+
+def prepare(arguments: argparse.Namespace) -> environment.Environment:
+    """Somebody's own ComfyUI when one is named, else the pinned ones: all for the tests, the newest for the rest."""
+    comfyui = arguments.comfyui or os.environ.get("COMFYUI_PATH")
+    if comfyui:
+        return environment.existing(Path(comfyui), arguments.python)
+    if arguments.python:
+        raise SetupError("--python goes with --comfyui: without it, this makes its own Python")
+    return environment.ensure(host_archives.HOSTS if arguments.command in ("test", "env") else host_archives.HOSTS[:1])
+
+
+def hand_over(made: environment.Environment, rest: list[str]) -> int:
+    """The same command again in the environment's Python; on Windows as a child, elsewhere in place of this process."""
+    command = [str(made.python), str(environment.DEV), *rest]
+    env = environment.clean_env(COMFYUI_PATH=str(made.hosts[0]), **{INSIDE: "1"})
+    if os.name == "nt":
+        return subprocess.run(command, env=env).returncode
+    sys.stdout.flush()
+    os.execve(command[0], command, env)
+
+
+def run_script(script: Path, rest: list[str]) -> int:
+    """Run a script of `dev` as if it had been started itself."""
+    sys.argv = [str(script), *rest]
+    runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
+def run_inside(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """The command itself, now that this Python has all it needs."""
+    if arguments.command == "demo":
+        return demo.main(Path(os.environ["COMFYUI_PATH"]), arguments)
+    folder, name = ("scenes", "evaluate") if arguments.command == "eval" else ("bench", arguments.name)
+    return run_script(environment.DEV / folder / f"{name}.py", rest)
+
+
+def run_outside(arguments: argparse.Namespace, rest: list[str], line: list[str]) -> int:
+    """Make the environment, then run the command with it."""
+    made = prepare(arguments)
+    if arguments.command == "env":
+        print(f"Python: {made.python}", *(f"ComfyUI: {host}" for host in made.hosts), sep="\n")
+        return 0
+    if arguments.command == "test":
+        return suite.main(made, [argument for argument in rest if argument != "--"])
+    return hand_over(made, line)
+
+
+def main(line: list[str]) -> int:
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(line)
+    if rest and (arguments.command in ("demo", "env") or (arguments.command == "test" and rest[0] != "--")):
+        parser.error(
+            f"unknown argument {rest[0]}" + ("; arguments for pytest go after --" if arguments.command == "test" else "")
+        )
+    if os.environ.pop(INSIDE, None):
+        return run_inside(arguments, rest)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        return run_outside(arguments, rest, line)
+    except SetupError as error:
+        print(f"\n{error}" + (f"\n  {error.advice}" if error.advice else ""), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Benchmarks: one module a technique, run as ``python dev bench NAME``."""

@@ -1,0 +1,274 @@
+"""T-GATE: speed against plain sampling, and what it costs the picture.
+
+    python dev bench tgate [--parts speed quality auto] [--repeats N] [--out FILE] [--peer NAME=PATH]
+
+Speed is measured on an SD1.5-shaped U-Net of real size (random weights) and on the embedded model; the picture on the
+embedded model, with the detector of ``python dev eval``. ``--peer`` adds another node pack's T-GATE node to the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import importlib.util
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from host_inprocess import load_pack, pack_nodes, start_host
+from scenes import evaluate
+
+from bench.measure import machine, multiply_accumulates, ratios, table, take_turns
+
+PUBLISHED = "drop (keep negative, as published)"
+STEPS = 25
+
+# What the defaults are chosen from: name -> inputs of TGateCache.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "v1 (sp_interval 1)": {"sp_interval": 1},
+    "sp_interval 2": {"sp_interval": 2},
+    "sp_interval 3": {"sp_interval": 3},
+    "gate_at 0.2": {"gate_at": 0.2},
+    "gate_at 0.3": {"gate_at": 0.3},
+    "gate_at 0.5": {"gate_at": 0.5},
+    "gate_at 0.6": {"gate_at": 0.6},
+    "gate_at 0.8": {"gate_at": 0.8},
+    "fi_interval 2": {"fi_interval": 2},
+    "cfg kept": {"cfg_after_gate": "keep"},
+    "as published": {"cfg_after_gate": PUBLISHED},
+    "fewer steps (18 of 25), no T-GATE": {"steps": 18},
+}
+
+
+def tgate(model: Any, **settings: Any) -> Any:
+    return pack_nodes()["TGateCache"].execute(model, **settings)[0]
+
+
+@contextmanager
+def watched_runs():
+    """Collect each run's state as it ends: its gate and the largest size of its cache."""
+    load_pack()
+    from fovea_attention.attention.tgate import TGateRun
+
+    seen: list[tuple[int, int]] = []
+    release = TGateRun.release
+
+    def note_and_release(run: TGateRun) -> None:
+        seen.append((run.gate, run.cache_peak_bytes))
+        release(run)
+
+    with mock.patch.object(TGateRun, "release", note_and_release):
+        yield seen
+
+
+# --- speed ----------------------------------------------------------------------------------------------------------
+
+
+def sd15_shaped() -> Any:
+    """The SD1.5 U-Net at real size with small random weights, as the host builds it."""
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = {
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2] * 4,
+        "channel_mult": [1, 2, 4, 4], "transformer_depth": [1] * 6 + [0] * 2, "transformer_depth_output": [1] * 9 + [0] * 3,
+        "transformer_depth_middle": 1, "context_dim": 768, "num_heads": 8, "num_head_channels": -1,
+        "use_spatial_transformer": True, "use_linear_in_transformer": False, "legacy": False, "adm_in_channels": None,
+        "use_temporal_attention": False, "use_checkpoint": False, "dtype": torch.float32,
+    }  # fmt: skip
+    model = comfy.model_base.BaseModel(comfy.supported_models.SD15(config))
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.requires_grad_(False)
+            if name == "weight" and "Norm" in type(module).__name__:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0, 0.02, generator=generator)
+    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    return kind(model.eval(), load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
+
+
+def sampler(model: Any, steps: int, latent: torch.Tensor, context: int) -> Callable[[], torch.Tensor]:
+    """One sampling run with fixed noise and prompts."""
+    import comfy.sample
+
+    noise, positive, negative = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        for seed, shape in enumerate((latent.shape, (1, 77, context), (1, 77, context)))
+    )
+
+    def run() -> torch.Tensor:
+        with torch.inference_mode():
+            return comfy.sample.sample(
+                model, noise, steps, 7.5, "euler", "normal", [[positive, {}]], [[negative, {}]], latent,
+                seed=0, disable_pbar=True,
+            )  # fmt: skip
+
+    return run
+
+
+def speed_part(args: argparse.Namespace) -> str:
+    shapes = {
+        f"SD1.5-shaped U-Net, {args.size} px, {args.steps} steps": lambda: (
+            sd15_shaped(), args.steps, torch.zeros(1, 4, args.size // 8, args.size // 8), 768
+        ),
+        f"embedded model, 256 px, {STEPS} steps": lambda: (evaluate.load()[0], STEPS, torch.zeros(1, 3, 32, 32), 96),
+    }  # fmt: skip
+    sections = []
+    for title, build in shapes.items():
+        print(title)
+        model, steps, latent, context = build()
+        models = {"plain": model, "T-GATE": tgate(model), "T-GATE v1": tgate(model, sp_interval=1)}
+        models["off"] = tgate(model, gate_at=1.0)
+        models |= {name: apply(model) for name, apply in peers(args.peer).items()}
+        runs = {name: sampler(patched, steps, latent, context) for name, patched in models.items()}
+        macs = {name: multiply_accumulates(run) for name, run in runs.items()}
+        with watched_runs() as seen:
+            runs["T-GATE"]()
+        timings = take_turns(runs, args.repeats)
+        rows = []
+        for name in models:
+            ratio, low, high = ratios(timings["plain"], timings[name])
+            bound = macs["plain"] / macs[name]
+            rows.append(
+                (name, f"{macs[name] / 1e9:.1f}", f"{bound:.3f}", f"{ratio:.3f} ({low:.3f} to {high:.3f})",
+                 f"{100 * ratio / bound:.1f} %", f"{timings[name].peak_bytes / 2**20:.0f}")
+            )  # fmt: skip
+        speed = f"times as fast (median of {args.repeats} pairs)"
+        header = ("variant", "GMAC", "MAC bound", speed, "of the bound", "peak rise, MiB")
+        cache = max(size for _, size in seen) / 2**20
+        sections.append(f"### {title}\n\n{table(header, rows)}\n\nLargest cache of the default run: {cache:.1f} MiB.")
+    return "\n\n".join(sections)
+
+
+def peers(named: list[str]) -> dict[str, Callable[[Any], Any]]:
+    """Other packs' T-GATE nodes: any node class with a MODEL input and a start or gate fraction."""
+    found: dict[str, Callable[[Any], Any]] = {}
+    for item in named:
+        name, _, path = item.partition("=")
+        folder = Path(path).resolve()
+        entry = folder / "__init__.py"
+        spec = importlib.util.spec_from_file_location(f"peer_{name}", entry, submodule_search_locations=[str(folder)])
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        for node_id, node in module.NODE_CLASS_MAPPINGS.items():
+            apply = _peer_node(node)
+            if apply is not None:
+                found[f"{name}: {node_id}"] = apply
+    return found
+
+
+def _peer_node(node: Any) -> Callable[[Any], Any] | None:
+    inputs = {**node.INPUT_TYPES().get("required", {}), **node.INPUT_TYPES().get("optional", {})}
+    fraction = next((key for key in ("start_at", "gate_at", "start_percent", "gate_step") if key in inputs), None)
+    if fraction is None or "model" not in inputs or getattr(node, "DEPRECATED", False):
+        return None
+    defaults = {key: value[1]["default"] for key, value in inputs.items() if len(value) > 1 and "default" in value[1]}
+
+    def apply(model: Any) -> Any:
+        values = {**defaults, fraction: 0.4}
+        return getattr(node(), node.FUNCTION)(model=model.clone(), **values)[0]
+
+    return apply
+
+
+# --- the picture ----------------------------------------------------------------------------------------------------
+
+
+def peak_signal_to_noise(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """PSNR in dB of each picture of a batch, values in 0..1."""
+    return -10 * (a - b).square().flatten(1).mean(1).clamp(min=1e-10).log10()
+
+
+def quality_part(args: argparse.Namespace) -> str:
+    model, clip, vae = evaluate.load()
+    prompts = evaluate.prompts(args.prompts)
+    sampling = {"cfg": args.cfg, "seed": 0, "batch": 16}
+    plain = evaluate.generate(model, clip, vae, prompts, steps=STEPS, **sampling)
+    plain_macs = model_macs(model, {})
+    right = [all(f.right for f in picture) for picture in evaluate.score(plain, prompts)]
+    rows = [("plain", _share(right), "", "", "1.000")]
+    for name, settings in SETTINGS.items():
+        inputs = dict(settings)
+        steps = inputs.pop("steps", STEPS)
+        patched = tgate(model, **inputs) if "steps" not in settings else model
+        pictures = evaluate.generate(patched, clip, vae, prompts, steps=steps, **sampling)
+        now_right = [all(f.right for f in picture) for picture in evaluate.score(pictures, prompts)]
+        same = sum(a == b for a, b in zip(right, now_right, strict=True)) / len(right)
+        psnr = peak_signal_to_noise(pictures, plain).median()
+        bound = plain_macs / model_macs(model, settings)
+        rows.append((name, _share(now_right), f"{same:.3f}", f"{psnr:.1f}", f"{bound:.3f}"))
+        print(*rows[-1], sep="  ", flush=True)
+    header = ("setting", "both objects right (95 % interval)", "same verdict as plain", "median PSNR to plain, dB", "MAC bound")
+    title = f"### The picture: embedded model, {args.prompts} prompts of two objects, {STEPS} steps, cfg {args.cfg:g}"
+    return f"{title}\n\n{table(header, rows)}"
+
+
+def _share(hits: list[bool]) -> str:
+    share = evaluate.share(hits)
+    return f"{share['share']:.3f} ({share['low']:.3f} to {share['high']:.3f})"
+
+
+def model_macs(model: Any, settings: dict[str, Any]) -> float:
+    inputs = dict(settings)
+    steps = inputs.pop("steps", STEPS)
+    patched = tgate(model, **inputs) if inputs else (model if "steps" in settings or not settings else tgate(model))
+    return multiply_accumulates(sampler(patched, steps, torch.zeros(1, 3, 32, 32), 96))
+
+
+def auto_part(args: argparse.Namespace) -> str:
+    """Which steps auto mode opens the gate at, prompt by prompt, and how near it stays to the fixed gate."""
+    model, clip, vae = evaluate.load()
+    prompts = evaluate.prompts(args.prompts)
+    sampling = {"cfg": args.cfg, "seed": 0, "steps": STEPS, "batch": 1}
+    plain = evaluate.generate(model, clip, vae, prompts, **sampling)
+    fixed = evaluate.generate(tgate(model), clip, vae, prompts, **sampling)
+    rows = [("fixed 0.4", "10", f"{peak_signal_to_noise(fixed, plain).median():.1f}", "")]
+    for tolerance in (0.03, 0.05, 0.1, 0.2):
+        with watched_runs() as seen:
+            pictures = evaluate.generate(tgate(model, mode="auto", tolerance=tolerance), clip, vae, prompts, **sampling)
+        steps = collections.Counter(gate for gate, _ in seen)
+        chosen = ", ".join(f"{step} ({count})" for step, count in sorted(steps.items()))
+        to_plain, to_fixed = (peak_signal_to_noise(pictures, other).median() for other in (plain, fixed))
+        rows.append((f"auto, tolerance {tolerance:g}", chosen, f"{to_plain:.1f}", f"{to_fixed:.1f}"))
+        print(*rows[-1], sep="  ", flush=True)
+    header = ("mode", "gate step of 25 (prompts)", "median PSNR to plain, dB", "median PSNR to the fixed gate, dB")
+    return f"### Auto mode: embedded model, {args.prompts} prompts\n\n{table(header, rows)}"
+
+
+PARTS = {"speed": speed_part, "quality": quality_part, "auto": auto_part}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python dev bench tgate", description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--repeats", type=int, default=5, help="counted pairs of runs (speed)")
+    parser.add_argument("--size", type=int, default=256, help="pixels of the SD1.5-shaped run")
+    parser.add_argument("--steps", type=int, default=10, help="steps of the SD1.5-shaped run")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--cfg", type=float, default=5.0)
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="measure another node pack too")
+    parser.add_argument("--out", type=Path, help="write the report here as well")
+    args = parser.parse_args(argv)
+    start_host()
+    import comfy.utils
+
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    report = "\n\n".join([f"## T-GATE\n\nMeasured on: {machine()}.", *(PARTS[part](args) for part in args.parts)])
+    print(f"\n{report}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(report + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""`python dev test`: ruff, mypy, then every test on every pinned ComfyUI."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import environment
+from environment import DEV, ROOT, Environment
+from host_archives import host_version_of
+from host_server import link
+
+PACK = "fovea_attention"
+
+
+@dataclass
+class Count:
+    """How many tests did what."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped)
+
+    def __str__(self) -> str:
+        return f"{self.passed} passed, {self.failed} failed" + (f", {self.skipped} skipped" if self.skipped else "")
+
+
+def run(command: Sequence[str], cwd: Path = ROOT, **extra: str) -> int:
+    """Run a command to its end with its output on ours; when we are stopped, it is stopped first."""
+    child = subprocess.Popen(list(command), cwd=cwd, env=environment.clean_env(**extra))
+    try:
+        return child.wait()
+    except BaseException:
+        if child.poll() is None:
+            child.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
+            try:
+                child.wait(30)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+        raise
+
+
+def check_types(python: Path) -> int:
+    """mypy over the pack and the developer commands.
+
+    The pack is looked at through a link that is named like the module it is in tests: a checkout may have any name, and
+    mypy takes the folder's name for the package's. It runs beside that link and not in the checkout, where it would take
+    the pack's `nodes` for ComfyUI's `nodes.py`.
+    """
+    folder = environment.home() / "types"
+    link(ROOT, folder / PACK)
+    targets = [Path(PACK, name) for name in ("__init__.py", "attention", "nodes")]
+    targets += [Path(PACK, path.relative_to(ROOT)) for path in sorted(DEV.rglob("*.py"))]
+    options = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(folder / "cache")]
+    bases = os.pathsep.join((str(folder), str(folder / PACK / "dev")))
+    return run([str(python), "-m", "mypy", *options, *map(str, targets)], cwd=folder, MYPYPATH=bases)
+
+
+def run_tests(python: Path, host: Path, arguments: Sequence[str]) -> Count:
+    """pytest on one host. Its report file tells the counts; without one, pytest itself broke, which is a failure."""
+    report = environment.home() / "log" / f"tests-{host.name}.xml"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.unlink(missing_ok=True)
+    command = [str(python), "-m", "pytest", "-c", str(ROOT / "tests" / "pytest.ini"), f"--junitxml={report}", *arguments]
+    if not any(argument.split("::")[0].endswith(".py") for argument in arguments):
+        command.append(str(ROOT / "tests"))
+    code = run(command, COMFYUI_PATH=str(host))
+    count = read_report(report)
+    if code and not count.failed:
+        count.failed = 1
+    return count
+
+
+def read_report(report: Path) -> Count:
+    """The counts in pytest's report file."""
+    count = Count()
+    if not report.is_file():
+        return count
+    for suite in ElementTree.parse(report).getroot().iter("testsuite"):
+        tests, skipped = int(suite.get("tests", 0)), int(suite.get("skipped", 0))
+        failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+        count += Count(tests - failed - skipped, failed, skipped)
+    return count
+
+
+def announce(number: int, total: int, what: str) -> None:
+    print(f"\n[{number}/{total}] {what}", flush=True)
+
+
+def main(made: Environment, arguments: Sequence[str]) -> int:
+    """Every check, all of them even when one fails; the last line sums up the tests."""
+    total, broken, start = 2 + len(made.hosts), [], time.monotonic()
+    announce(1, total, "ruff")
+    if run([str(made.python), "-m", "ruff", "check", "--no-cache", str(ROOT)]):
+        broken.append("ruff")
+    announce(2, total, "mypy")
+    if check_types(made.python):
+        broken.append("mypy")
+    counts: dict[str, Count] = {}
+    for number, host in enumerate(made.hosts, start=3):
+        version = host_version_of(host) or host.name
+        announce(number, total, f"pytest on ComfyUI {version}")
+        counts[version] = run_tests(made.python, host, arguments)
+    whole = sum(counts.values(), Count())
+    print(f"\n{time.monotonic() - start:.0f} s", *(f"ComfyUI {version}: {count}" for version, count in counts.items()), sep="\n")
+    if broken:
+        print(f"Not clean: {', '.join(broken)} (see above)")
+    sys.stdout.flush()
+    print(whole, flush=True)
+    return 1 if broken or whole.failed or not whole.passed else 0

@@ -1,0 +1,163 @@
+"""The ``FoveaSaveAttnMaps`` and ``FoveaLoadAttnMaps`` nodes: attention maps as files, in the host's own folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import comfy.utils
+import folder_paths
+from comfy.cli_args import args
+from comfy_api.latest import io, ui
+from safetensors import SafetensorError, safe_open
+
+from ..attention.host import log
+from ..attention.maps import AttnMaps
+from ._schema import node_schema
+from ._types import AttnMapsSocket
+
+_SUFFIX = ".attn.safetensors"
+_FOLDER = "attention"  # below the output folder; what Save writes there by default can be loaded without moving it
+
+
+class FoveaSaveAttnMaps(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "FoveaSaveAttnMaps",
+            display_name="Save Attention Maps",
+            description="Writes the attention maps of a run to a file in the output folder, to look at later or to share.",
+            search_aliases=["export attention maps", "save heat maps", "daam"],
+            is_output_node=True,
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            inputs=[
+                AttnMapsSocket.Input("attn_maps", tooltip="From Capture Attention Maps."),
+                io.Image.Input(
+                    "images",
+                    tooltip="The decoded picture of the same run: it makes this node wait for the sampler. It is not saved.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default=f"{_FOLDER}/maps",
+                    tooltip="Start of the file's name, in the output folder. May hold folders and %date% marks as in Save Image.",
+                ),
+            ],
+            outputs=[AttnMapsSocket.Output(display_name="attn_maps", tooltip="The same maps.")],
+        )
+
+    @classmethod
+    def execute(cls, attn_maps: AttnMaps, images: io.Image.Type, filename_prefix: str) -> io.NodeOutput:
+        tensors, metadata = attn_maps.state_dict()
+        path = _new_file(filename_prefix)
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        comfy.utils.save_torch_file(tensors, str(path), metadata={**metadata, **cls._workflow()})
+        log.info("Save Attention Maps: %s", path)
+        return io.NodeOutput(attn_maps, ui=ui.PreviewText(str(path.relative_to(_real(folder_paths.get_output_directory())))))
+
+    @classmethod
+    def _workflow(cls) -> dict[str, str]:
+        """The workflow, as pictures carry it."""
+        if args.disable_metadata or cls.hidden is None:
+            return {}
+        extra = cls.hidden.extra_pnginfo or {}
+        return {"prompt": json.dumps(cls.hidden.prompt), **{name: json.dumps(value) for name, value in extra.items()}}
+
+
+class FoveaLoadAttnMaps(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "FoveaLoadAttnMaps",
+            display_name="Load Attention Maps",
+            description="Reads attention maps that Save Attention Maps wrote: from the input folder, or from output/attention.",
+            search_aliases=["import attention maps", "open heat maps", "daam"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=_files(),
+                    tooltip=f"A file ending in {_SUFFIX}, in the input folder or, marked [output], in output/{_FOLDER}.",
+                )
+            ],
+            outputs=[AttnMapsSocket.Output(display_name="attn_maps", tooltip="The maps, for Attention Map Preview.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str = "") -> bool | str:
+        try:
+            _existing_file(file)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> str:
+        digest = hashlib.sha256()
+        with open(_existing_file(file), "rb") as stream:
+            for block in iter(lambda: stream.read(1 << 20), b""):
+                digest.update(block)
+        return digest.hexdigest()
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        path = _existing_file(file)
+        try:
+            with safe_open(str(path), framework="pt", device="cpu") as stored:
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+                metadata = stored.metadata()
+        except SafetensorError as error:
+            raise ValueError(f"file: {file} is damaged or no safetensors file ({error}). Save the maps again.") from error
+        return io.NodeOutput(AttnMaps.from_state_dict(tensors, metadata))
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+def _files() -> list[str]:
+    """Files in the input folder, and those that Save writes by default, marked as the host marks them."""
+    uploaded = _names(folder_paths.get_input_directory())
+    saved = _names(os.path.join(folder_paths.get_output_directory(), _FOLDER))
+    return [*uploaded, *(f"{_FOLDER}/{name} [output]" for name in saved)]
+
+
+def _names(folder: str) -> list[str]:
+    if not os.path.isdir(folder):
+        return []
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name.endswith(_SUFFIX))
+
+
+def _existing_file(name: str) -> Path:
+    """The file that a name of the list stands for; nothing outside the host's folders, whatever the name is."""
+    plain, folder = folder_paths.annotated_filepath(name or "")
+    if not plain:
+        raise ValueError("file: no file is chosen. Save maps with Save Attention Maps, or put a file into the input folder.")
+    path = _inside(folder or folder_paths.get_input_directory(), plain, "file")
+    if not plain.endswith(_SUFFIX) or not path.is_file():
+        raise ValueError(f"file: there is no file {name!r}. Choose one that Save Attention Maps wrote (ending in {_SUFFIX}).")
+    return path
+
+
+def _new_file(prefix: str) -> Path:
+    """A name that is not taken, in the output folder."""
+    if not prefix.strip() or prefix.endswith(("/", "\\")):
+        raise ValueError(f"filename_prefix is {prefix!r}: write the start of a name, such as {_FOLDER}/maps.")
+    output = folder_paths.get_output_directory()
+    _inside(output, prefix, "filename_prefix")  # before the host makes folders: older hosts follow links out
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
+    return _real(folder) / f"{name}_{counter:05}_{_SUFFIX}"
+
+
+def _inside(folder: str, name: str, what: str) -> Path:
+    """``folder/name`` with all links resolved, if that is still inside the folder."""
+    try:
+        base, path = _real(folder), _real(os.path.join(folder, name))
+    except ValueError as error:  # a null character
+        raise ValueError(f"{what} is {name!r}: this is no file name.") from error
+    if not path.is_relative_to(base):
+        raise ValueError(f"{what} is {name!r}, which is outside the folder {folder}. Use a plain name without '..' or a drive.")
+    return path
+
+
+def _real(path: str) -> Path:
+    return Path(os.path.realpath(path))

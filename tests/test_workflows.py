@@ -1,0 +1,265 @@
+"""Every shipped workflow: complete, readable, valid on this host, and it really makes pictures."""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import workflow_files
+from comfy_cli.layout_quality import score_workflow
+from comfy_cli.link_integrity import broken_link_findings
+from host_server import HostServer
+from PIL import Image
+
+WORKFLOWS = workflow_files.shipped()
+NOTES = {"Note", "MarkdownNote"}
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+TITLE_BAR = 30
+
+each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+
+
+def test_there_are_workflows() -> None:
+    assert "T-GATE - same picture, faster" in {path.stem for path in WORKFLOWS}
+
+
+def load(path: Path) -> dict[str, Any]:
+    return workflow_files.load(path)
+
+
+def computing(workflow: dict[str, Any]) -> list[dict[str, Any]]:
+    """The nodes that are not notes."""
+    return [node for node in workflow["nodes"] if node["type"] not in NOTES]
+
+
+def box(node: dict[str, Any]) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a node as drawn, with its title bar."""
+    (x, y), (width, height) = node["pos"], node["size"]
+    return x, y - TITLE_BAR, x + width, y + height
+
+
+# ------------------------------------------------------------------------------------------ complete and readable
+
+
+@each_workflow
+def test_it_has_a_thumbnail(path: Path) -> None:
+    with Image.open(path.with_suffix(".jpg")) as thumbnail:
+        thumbnail.load()
+        assert thumbnail.format == "JPEG"
+        assert min(thumbnail.size) >= 256 and max(thumbnail.size) <= 1024
+        assert np.asarray(thumbnail.convert("L")).std() > 10, "an empty picture"
+    assert path.with_suffix(".jpg").stat().st_size < 200_000
+
+
+@each_workflow
+def test_it_uses_core_nodes_and_ours_only(path: Path, object_info: dict[str, Any], node_classes: dict[str, type]) -> None:
+    types = {node["type"] for node in computing(load(path))}
+    assert types & set(node_classes), "a workflow of this pack uses the pack"
+    for kind in types - set(node_classes):
+        assert object_info[kind]["python_module"].startswith(("nodes", "comfy_extras")), kind
+
+
+@each_workflow
+def test_its_steps_are_explained_in_numbered_notes(path: Path) -> None:
+    workflow = load(path)
+    notes = sorted((node for node in workflow["nodes"] if node["type"] in NOTES), key=lambda node: node["pos"][0])
+    texts = [node["widgets_values"][0] for node in notes]
+    assert [text.lstrip("*# ")[0] for text in texts] == [str(number) for number in range(1, len(texts) + 1)], (
+        "1, 2, 3 from the left"
+    )
+    assert any("checkpoint" in text and "1.5" in text for text in texts), "which checkpoint to choose"
+
+
+@each_workflow
+def test_every_node_lies_in_a_titled_group(path: Path) -> None:
+    workflow = load(path)
+    assert workflow["groups"] and all(group["title"].strip() for group in workflow["groups"])
+    for node in workflow["nodes"]:
+        left, top, right, bottom = box(node)
+        inside = [
+            group["title"]
+            for group in workflow["groups"]
+            if group["bounding"][0] <= left
+            and group["bounding"][1] <= top
+            and right <= group["bounding"][0] + group["bounding"][2]
+            and bottom <= group["bounding"][1] + group["bounding"][3]
+        ]
+        assert len(inside) == 1, (node["id"], node["type"], inside)
+
+
+@each_workflow
+def test_it_reads_from_left_to_right_without_overlaps(path: Path) -> None:
+    workflow = load(path)
+    assert score_workflow(workflow).overlap_area == 0
+    left = {node["id"]: node["pos"][0] for node in workflow["nodes"]}
+    assert [link for link in workflow["links"] if left[link[3]] < left[link[1]]] == [], "links that run to the left"
+    for one, other in itertools.combinations([group["bounding"] for group in workflow["groups"]], 2):
+        assert (
+            one[0] + one[2] <= other[0]
+            or other[0] + other[2] <= one[0]
+            or one[1] + one[3] <= other[1]
+            or other[1] + other[3] <= one[1]
+        )
+
+
+# ------------------------------------------------------------------------------------------ valid
+
+
+@each_workflow
+def test_its_links_are_whole(path: Path) -> None:
+    workflow = load(path)
+    assert broken_link_findings(workflow) == ([], [])
+    ids = [node["id"] for node in workflow["nodes"]]
+    assert len(ids) == len(set(ids)) and max(ids) == workflow["last_node_id"]
+    assert max(link[0] for link in workflow["links"]) == workflow["last_link_id"]
+    used = {link[0] for link in workflow["links"]}
+    assert used == {link for node in workflow["nodes"] for output in node["outputs"] for link in output["links"] or ()}
+    assert used == {i["link"] for node in workflow["nodes"] for i in node["inputs"] if i["link"] is not None}
+
+
+def widget_count(info: dict[str, Any]) -> int:
+    """How many values the browser saves for a node: one per widget, and one more for what happens to a seed."""
+    count = 0
+    for section in ("required", "optional"):
+        for name, (kind, *options) in info["input"].get(section, {}).items():
+            settings = options[0] if options else {}
+            if (isinstance(kind, list) or kind in WIDGET_TYPES) and not settings.get("forceInput"):
+                seed = kind == "INT" and (settings.get("control_after_generate") or name in ("seed", "noise_seed"))
+                count += 2 if seed or settings.get("image_upload") else 1
+    return count
+
+
+@each_workflow
+def test_every_widget_has_its_value(path: Path, object_info: dict[str, Any]) -> None:
+    for node in computing(load(path)):
+        assert len(node.get("widgets_values") or []) == widget_count(object_info[node["type"]]), (node["id"], node["type"])
+
+
+@each_workflow
+def test_its_sockets_are_those_of_the_nodes(path: Path, object_info: dict[str, Any]) -> None:
+    """A stale template shows a missing or a wrong socket; the server would not notice."""
+    for node in computing(load(path)):
+        info = object_info[node["type"]]
+        known = {name: spec[0] for section in ("required", "optional") for name, spec in info["input"].get(section, {}).items()}
+        for socket in node["inputs"]:
+            assert known[socket["name"]] == socket["type"], (node["id"], socket)
+        outputs = [output["type"] for output in node["outputs"]]
+        assert outputs == info["output"][: len(outputs)], node["id"]  # core nodes gain outputs with time (PreviewImage did)
+
+
+@each_workflow
+def test_its_seeds_are_fixed(path: Path) -> None:
+    seeded = [
+        node
+        for node in computing(load(path))
+        if any(value in ("randomize", "increment", "decrement") for value in node.get("widgets_values") or ())
+    ]
+    assert seeded == []
+
+
+@each_workflow
+def test_it_converts_without_a_warning(path: Path, object_info: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    workflow = load(path)
+    with caplog.at_level(logging.WARNING):
+        prompt = workflow_files.convert(workflow, object_info)
+    assert caplog.records == []
+    assert set(prompt) == {str(node["id"]) for node in computing(workflow)}
+    for entry in prompt.values():
+        required = set(object_info[entry["class_type"]]["input"].get("required", ()))
+        assert required <= set(entry["inputs"]), entry
+
+
+# ------------------------------------------------------------------------------------------ it runs
+
+
+@each_workflow
+@pytest.mark.server
+def test_the_browser_is_offered_it(path: Path, server: HostServer) -> None:
+    """The template browser lists it, and gets the workflow and its thumbnail where it looks for them."""
+    offered = server.get("/workflow_templates")
+    assert path.stem in next(names for folder, names in offered.items() if folder.endswith("fovea-attention"))
+    address = f"/api/workflow_templates/fovea-attention/{path.stem}".replace(" ", "%20").replace(",", "%2C")
+    assert server.request(f"{address}.json") == path.read_bytes()
+    assert server.request(f"{address}.jpg") == path.with_suffix(".jpg").read_bytes()
+
+
+@dataclass
+class Run:
+    """A finished run of a shipped workflow: its pictures by node, and what the server logged meanwhile."""
+
+    pictures: dict[str, np.ndarray]
+    log: str
+
+
+@pytest.fixture(scope="module")
+def run(server: HostServer, object_info: dict[str, Any]) -> Callable[[Path], Run]:
+    """Runs a workflow on the real server, once however many tests ask."""
+
+    @functools.cache
+    def finished(path: Path) -> Run:
+        before = len(server.log_text())
+        result = server.run(workflow_files.convert(load(path), object_info))  # raises unless the server reports success
+        pictures = {}
+        for picture in result.pictures:
+            with Image.open(io.BytesIO(server.fetch(picture))) as image:
+                pictures[picture.node] = np.asarray(image.convert("RGB"), dtype=np.float32)
+        return Run(pictures, server.log_text()[before:])
+
+    return finished
+
+
+@each_workflow
+@pytest.mark.server
+def test_it_runs_on_the_real_server(path: Path, run: Callable[[Path], Run], object_info: dict[str, Any]) -> None:
+    pictures = run(path).pictures
+    viewers = {str(node["id"]) for node in computing(load(path)) if object_info[node["type"]]["output_node"]}
+    assert set(pictures) == viewers
+    for node, pixels in pictures.items():
+        assert min(pixels.shape[:2]) >= 64
+        assert pixels.std() > 10, f"the picture of node {node} is of one colour"
+
+
+# ------------------------------------------------------------------------------------------ T-GATE
+
+
+T_GATE = workflow_files.FOLDER / "T-GATE - same picture, faster.json"
+
+
+def test_the_t_gate_workflow_shows_the_nodes_defaults(object_info: dict[str, Any]) -> None:
+    """When the defaults move, the template moves with them."""
+    node = next(node for node in load(T_GATE)["nodes"] if node["type"] == "TGateCache")
+    spec = object_info["TGateCache"]["input"]["required"]
+    assert node["widgets_values"] == [options[0]["default"] for kind, *options in spec.values() if kind in WIDGET_TYPES]
+
+
+def test_the_t_gate_workflow_compares_equal_runs() -> None:
+    """Its two samplers differ in their model and in nothing else."""
+    workflow = load(T_GATE)
+    plain, faster = (node for node in workflow["nodes"] if node["type"] == "KSampler")
+    assert plain["widgets_values"] == faster["widgets_values"]
+    sources = {link[0]: tuple(link[1:3]) for link in workflow["links"]}
+    differing = [
+        one["name"]
+        for one, other in zip(plain["inputs"], faster["inputs"], strict=True)
+        if sources[one["link"]] != sources[other["link"]]
+    ]
+    assert differing == ["model"]
+
+
+@pytest.mark.server
+def test_the_t_gate_workflow_reuses_attention(run: Callable[[Path], Run]) -> None:
+    finished = run(T_GATE)
+    steps = next(node["widgets_values"][2] for node in load(T_GATE)["nodes"] if node["type"] == "KSampler")
+    assert re.search(rf"T-GATE: cross-attention reused in [1-9]\d* of {steps} steps", finished.log)
+    plain, faster = finished.pictures.values()
+    difference = float(np.abs(plain - faster).mean())
+    assert 0 < difference < 40, "another picture, but of the same scene"
