@@ -102,12 +102,14 @@ def sample(
     sampler: str = "euler",
     scheduler: str = "simple",
     latent_image: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
     seed: int = 3,
     **options: Any,
 ) -> torch.Tensor:
     """What the KSampler node does, under the executor's inference mode."""
     start = family.latent() if latent_image is None else latent_image
-    noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed))
+    if noise is None:
+        noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed))
     with torch.inference_mode():
         return comfy.sample.sample(
             model, noise, steps, cfg, sampler, scheduler, positive or family.conds(1), negative or family.conds(2), start,
@@ -155,6 +157,14 @@ def _ltxv_extras(generator: torch.Generator) -> dict[str, Any]:
 
 def _wan_i2v_extras(generator: torch.Generator) -> dict[str, Any]:
     return {"clip_vision_output": SimpleNamespace(penultimate_hidden_states=_randn(generator, 1, 257, 1280))}
+
+
+def _hunyuan_video15_extras(generator: torch.Generator) -> dict[str, Any]:
+    return {
+        **_pooled(32)(generator),
+        "conditioning_byt5small": _randn(generator, 1, 5, 1472),
+        "clip_vision_output": SimpleNamespace(last_hidden_state=_randn(generator, 1, 7, 48)),
+    }
 
 
 def _token_count(generator: torch.Generator) -> dict[str, Any]:
@@ -441,6 +451,114 @@ _KREA2: dict[str, Any] = {
     "txtlayers": 1,
 }
 
+_FLUX2: dict[str, Any] = {
+    **_FLUX,
+    "image_model": "flux2",
+    "in_channels": 128,
+    "out_channels": 128,
+    "patch_size": 1,
+    "vec_in_dim": None,
+    "axes_dim": [8, 8, 8, 8],
+    "qkv_bias": False,
+    "guidance_embed": False,
+}
+_LENS: dict[str, Any] = {
+    "image_model": "lens",
+    "in_channels": 128,
+    "out_channels": 32,
+    "num_layers": 2,
+    "attention_head_dim": 32,
+    "num_attention_heads": 4,
+    "enc_hidden_dim": 32,
+    "axes_dims_rope": (8, 12, 12),
+    "selected_layer_index": (0, 1),
+}
+_JOYIMAGE: dict[str, Any] = {
+    "image_model": "joyimage",
+    "hidden_size": 256,
+    "num_attention_heads": 2,
+    "text_dim": 64,
+    "num_layers": 2,
+}
+_MAGE_FLOW: dict[str, Any] = {
+    "image_model": "mage_flow",
+    "num_layers": 2,
+    "attention_head_dim": 32,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 64,
+    "axes_dims_rope": (8, 12, 12),
+}
+_BOOGU: dict[str, Any] = {
+    "image_model": "boogu",
+    "hidden_size": 128,
+    "num_layers": 2,
+    "num_double_stream_layers": 1,
+    "num_refiner_layers": 1,
+    "num_attention_heads": 4,
+    "num_kv_heads": 2,
+    "axes_dim_rope": (8, 12, 12),
+    "axes_lens": (64, 64, 64),
+    "instruction_feat_dim": 64,
+}
+_PIXELDIT: dict[str, Any] = {
+    "image_model": "pixeldit_t2i",
+    "num_groups": 4,
+    "hidden_size": 128,
+    "pixel_hidden_size": 8,
+    "pixel_attn_hidden_size": 64,
+    "pixel_num_groups": 2,
+    "patch_depth": 2,
+    "pixel_depth": 1,
+    "patch_size": 4,
+    "txt_embed_dim": 64,
+    "txt_max_length": 16,
+}
+_COGVIDEOX: dict[str, Any] = {
+    "image_model": "cogvideox",
+    "num_attention_heads": 2,
+    "attention_head_dim": 64,
+    "in_channels": 16,
+    "out_channels": 16,
+    "time_embed_dim": 64,
+    "text_embed_dim": 64,
+    "num_layers": 2,
+    "sample_width": 12,
+    "sample_height": 16,
+    "sample_frames": 5,
+    "patch_size": 2,
+    "max_text_seq_length": 20,
+    "use_rotary_positional_embeddings": True,
+}
+_KANDINSKY5: dict[str, Any] = {
+    "image_model": "kandinsky5",
+    "in_text_dim": 64,
+    "in_text_dim2": 32,
+    "time_dim": 64,
+    "model_dim": 128,
+    "ff_dim": 128,
+    "visual_embed_dim": 64,
+    "num_text_blocks": 1,
+    "num_visual_blocks": 2,
+    "axes_dims": (8, 12, 12),
+}
+_HUNYUAN_IMAGE: dict[str, Any] = {
+    **_HUNYUAN_VIDEO,
+    "in_channels": 64,
+    "out_channels": 64,
+    "vec_in_dim": None,
+    "patch_size": [1, 1],
+    "axes_dim": [16, 16],
+    "guidance_embed": False,
+}
+_HUNYUAN_VIDEO15: dict[str, Any] = {
+    **_HUNYUAN_VIDEO,
+    "in_channels": 65,
+    "out_channels": 32,
+    "vec_in_dim": None,
+    "patch_size": [1, 1, 1],
+    "guidance_embed": False,
+}
+
 _UNET_MODULE = "modules.diffusionmodules.openaimodel"
 _HV_OPTIONS = {
     "byt5": False,
@@ -498,8 +616,37 @@ _ALL = [
         extras=lambda generator: {"pooled_output": _randn(generator, 1, 1, 32)},
     ),
     Family("omnigen2", "Omnigen2", "omnigen.omnigen2", _OMNIGEN2, extras=_token_count),
+    Family(
+        "omnigen2_edit", "Omnigen2", "omnigen.omnigen2", _OMNIGEN2,
+        extras=lambda generator: {**_token_count(generator), "reference_latents": [_randn(generator, 1, 16, 8, 12)]},
+    ),
     Family("ernie_image", "ErnieImage", "ernie.model", _ERNIE, channels=128, size=(8, 6)),
     Family("krea2", "Krea2", "krea2.model", _KREA2, frames=1),
+    Family(
+        "flux2", "Flux2", "flux.model", _FLUX2, channels=128, size=(8, 6), extras=_pooled(32), optional={"txt_ids_dims": [3]},
+        parameters="flux.model.FluxParams",
+    ),
+    Family("lens", "Lens", "lens.model", _LENS, channels=128, size=(8, 6)),
+    Family("joyimage", "JoyImage", "joyimage.model", _JOYIMAGE, frames=1),
+    Family(
+        "joyimage_edit", "JoyImage", "joyimage.model", _JOYIMAGE, frames=1,
+        extras=lambda generator: {"reference_latents": [_randn(generator, 1, 16, 1, 8, 12)]},
+    ),
+    Family("mage_flow", "MageFlow", "mage_flow.model", _MAGE_FLOW, channels=128, size=(8, 6)),
+    Family("boogu", "Boogu", "boogu.model", _BOOGU, extras=_token_count),
+    Family("pixeldit", "PixelDiTT2I", "pixeldit.model", _PIXELDIT, channels=3, size=(32, 24)),
+    Family("cogvideox", "CogVideoX_T2V", "cogvideo.model", _COGVIDEOX, frames=2),
+    Family("kandinsky5", "Kandinsky5Image", "kandinsky5.model", _KANDINSKY5, extras=_pooled(32)),
+    Family(
+        "hunyuan_image", "HunyuanImage21", "hunyuan_video.model", _HUNYUAN_IMAGE, channels=64, size=(8, 6),
+        extras=lambda generator: {"conditioning_byt5small": _randn(generator, 1, 5, 1472)},
+        optional={**_HV_OPTIONS, "byt5": True}, parameters="hunyuan_video.model.HunyuanVideoParams",
+    ),
+    Family(
+        "hunyuan_video15", "HunyuanVideo15", "hunyuan_video.model", _HUNYUAN_VIDEO15, channels=32, size=(8, 6), frames=2,
+        extras=_hunyuan_video15_extras, parameters="hunyuan_video.model.HunyuanVideoParams",
+        optional={**_HV_OPTIONS, "byt5": True, "use_cond_type_embedding": True, "vision_in_dim": 48},
+    ),
 ]  # fmt: skip
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL if family.available}
