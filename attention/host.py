@@ -231,11 +231,11 @@ def swapped_forward(replacements: list[tuple[torch.nn.Module, Callable[..., Any]
             module.__dict__["forward"] = forward
         yield
     finally:
-        for module, forward in before:
-            if forward is None:
+        for module, own in before:
+            if own is None:
                 module.__dict__.pop("forward", None)
             else:
-                module.__dict__["forward"] = forward
+                module.__dict__["forward"] = own
 
 
 def spare_memory(device: torch.device) -> float:

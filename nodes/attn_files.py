@@ -41,7 +41,8 @@ class FoveaSaveAttnMaps(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default=f"{_FOLDER}/maps",
-                    tooltip="Start of the file's name, in the output folder. May hold folders and %date% marks as in Save Image.",
+                    tooltip="Start of the file's name, in the output folder. Folders and marks such as %year% work as in "
+                    "Save Image.",
                 ),
             ],
             outputs=[AttnMapsSocket.Output(display_name="attn_maps", tooltip="The same maps.")],

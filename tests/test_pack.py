@@ -24,6 +24,7 @@ ROOT = host_inprocess.ROOT
 SNAPSHOT = Path(__file__).with_name("node_schemas.json")
 UPDATE = "FOVEA_UPDATE_SNAPSHOTS"
 LANGUAGES = ("en", "zh")
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 MODULE_NAME = re.compile(r"custom_nodes\.fovea-attention$")
 
 
@@ -66,16 +67,19 @@ def test_the_server_lists_every_node_of_the_pack(object_info: dict[str, Any], no
 
 
 def test_importing_the_pack_takes_no_time(pack: Any) -> None:
-    """Best of several, with the host loaded: what the pack itself adds to a start of ComfyUI."""
+    """What the pack itself adds to a start of ComfyUI, with the host loaded: the best of several, in seconds of work.
+
+    Seconds of work and not of the clock: a busy machine must not fail it.
+    """
     seconds = []
     for attempt in range(7):
         name = f"fovea_timed_{attempt}"
         gc.disable()
-        start = time.perf_counter()
+        start = time.thread_time()
         try:
             module = host_inprocess._load_folder(name, ROOT)
             importlib.import_module(f"{name}.nodes")
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.thread_time() - start)
         finally:
             gc.enable()
             for loaded in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
@@ -170,13 +174,14 @@ def test_every_node_input_and_output_is_explained(own_info: dict[str, Any]) -> N
     assert silent == []
 
 
-def test_every_node_has_a_help_page_that_names_every_input(own_info: dict[str, Any]) -> None:
+def test_every_node_has_a_help_page_that_names_every_setting(own_info: dict[str, Any]) -> None:
     missing = []
     for node, info in own_info.items():
         page = ROOT / "web" / "docs" / f"{node}.md"
         text = page.read_text(encoding="utf-8") if page.is_file() else ""
         missing += [node] if not text.lstrip().startswith("#") else []
-        missing += [f"{node}.{name}" for name, *_ in inputs_of(info) if f"`{name}`" not in text and f"**{name}**" not in text]
+        settings = [name for name, _, kind, _ in inputs_of(info) if isinstance(kind, list) or kind in WIDGET_TYPES]
+        missing += [f"{node}.{name}" for name in settings if f"`{name}`" not in text and f"**{name}**" not in text]
     assert missing == []
 
 

@@ -127,7 +127,8 @@ def speed_part(args: argparse.Namespace) -> str:
         model, steps, latent, context = build()
         models = {"plain": model, "T-GATE": tgate(model), "T-GATE v1": tgate(model, sp_interval=1)}
         models["off"] = tgate(model, gate_at=1.0)
-        models |= {name: apply(model) for name, apply in peers(args.peer).items()}
+        # A peer may write to the network's modules for good, so each has a network of its own, with the same weights.
+        models |= {name: apply(build()[0]) for name, apply in peers(args.peer).items()}
         runs = {name: sampler(patched, steps, latent, context) for name, patched in models.items()}
         macs = {name: multiply_accumulates(run) for name, run in runs.items()}
         with watched_runs() as seen:
@@ -149,28 +150,31 @@ def speed_part(args: argparse.Namespace) -> str:
 
 
 def peers(named: list[str]) -> dict[str, Callable[[Any], Any]]:
-    """Other packs' T-GATE nodes: any node class with a MODEL input and a start or gate fraction."""
+    """Of each other pack its first T-GATE node that is not deprecated: one with a MODEL input and a fraction to start at."""
     found: dict[str, Callable[[Any], Any]] = {}
     for item in named:
         name, _, path = item.partition("=")
         folder = Path(path).resolve()
         entry = folder / "__init__.py"
         spec = importlib.util.spec_from_file_location(f"peer_{name}", entry, submodule_search_locations=[str(folder)])
-        assert spec is not None and spec.loader is not None
+        if spec is None or spec.loader is None:
+            raise SystemExit(f"--peer {item}: {folder} is not a folder of nodes")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
-        for node_id, node in module.NODE_CLASS_MAPPINGS.items():
-            apply = _peer_node(node)
-            if apply is not None:
-                found[f"{name}: {node_id}"] = apply
+        titles = getattr(module, "NODE_DISPLAY_NAME_MAPPINGS", {})
+        current = [node for key, node in module.NODE_CLASS_MAPPINGS.items() if "deprecated" not in titles.get(key, "").lower()]
+        apply = next((apply for apply in map(_peer_node, current) if apply is not None), None)
+        if apply is None:
+            raise SystemExit(f"--peer {item}: no node there takes a MODEL and a fraction of the steps to start at")
+        found[name] = apply
     return found
 
 
 def _peer_node(node: Any) -> Callable[[Any], Any] | None:
     inputs = {**node.INPUT_TYPES().get("required", {}), **node.INPUT_TYPES().get("optional", {})}
     fraction = next((key for key in ("start_at", "gate_at", "start_percent", "gate_step") if key in inputs), None)
-    if fraction is None or "model" not in inputs or getattr(node, "DEPRECATED", False):
+    if fraction is None or "model" not in inputs:
         return None
     defaults = {key: value[1]["default"] for key, value in inputs.items() if len(value) > 1 and "default" in value[1]}
 

@@ -19,6 +19,12 @@ def _zero(*parts: nn.Conv2d) -> None:
             nn.init.zeros_(part.bias)
 
 
+def _bias(convolution: nn.Conv2d) -> torch.Tensor:
+    if convolution.bias is None:
+        raise ValueError("this layer of TAESD has a bias")
+    return convolution.bias
+
+
 @torch.no_grad()
 def _write_encoder(encoder: nn.Sequential) -> None:
     """Exact 8x area average of 0..1 pixels, mapped to -1..1.
@@ -33,7 +39,7 @@ def _write_encoder(encoder: nn.Sequential) -> None:
         for down in convolutions[1:-1]:
             down.weight[colour, colour, 1:, 1:] = 0.25
         convolutions[-1].weight[colour, colour, 1, 1] = 2.0
-    convolutions[-1].bias.fill_(-1.0)
+    nn.init.constant_(_bias(convolutions[-1]), -1.0)
 
 
 @torch.no_grad()
@@ -54,7 +60,7 @@ def _write_decoder(decoder: nn.Sequential) -> None:
     gain = 1 / (3 * torch.tanh(torch.tensor(1 / 3)))  # undoes the entry's 3 tanh(x / 3) at both ends of -1..1
     for colour in range(3):
         first.weight[colour, colour, 1, 1] = 0.5 * gain
-        first.bias[colour] = 0.5
+        _bias(first)[colour] = 0.5
         last.weight[colour, colour, 1, 1] = 1.0
         for up in ups:
             up.weight[colour, colour] = tent[:, None] * tent

@@ -36,7 +36,8 @@ class Finding:
         if not self.present:
             return None
         rows, columns = self.mask.nonzero().unbind(1)
-        return tuple(int(v) / GRID for v in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+        left, top, right, bottom = (int(v) / GRID for v in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+        return left, top, right, bottom
 
 
 @cache

@@ -112,9 +112,7 @@ def sample(rng: random.Random, *, objects: int | None = None, style: str | None 
     colours = rng.sample([c for c in COLOURS if not (style == "sketch" and c == "white")], count)
     items = tuple(
         Item(shape, colour, x, y, radius)
-        for shape, colour, (x, y), radius in zip(
-            rng.sample(SHAPES, count), colours, _positions(rng, radii), radii, strict=True
-        )
+        for shape, colour, (x, y), radius in zip(rng.sample(SHAPES, count), colours, _positions(rng, radii), radii, strict=True)
     )
     ground = rng.choice(list(GROUNDS))
     drawn = rng.choice(PATTERNS) if pattern and not style and rng.random() < 0.27 else None
@@ -135,7 +133,7 @@ _CORNERS = {"triangle": _wheel(3, (1.15,), 0.15), "star": _wheel(10, (1.2, 1.2 *
 _CROSS_ARM = 0.34
 
 
-def _polygon_distance(x: Tensor, y: Tensor, corners: Sequence[tuple[float, float]]) -> Tensor:
+def _polygon_distance(x: Tensor, y: Tensor, corners: list[tuple[float, float]]) -> Tensor:
     """Signed distance to a polygon: nearest edge, sign by crossing parity."""
     squared = torch.full_like(x, math.inf)
     inside = torch.zeros_like(x, dtype=torch.bool)

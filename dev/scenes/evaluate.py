@@ -73,12 +73,14 @@ def load(checkpoint: Path = CHECKPOINT) -> tuple[Any, Any, Any]:
     return host_node("CheckpointLoaderSimple")(ckpt_name=checkpoint.name)[:3]
 
 
+@torch.inference_mode()  # as the host runs its nodes
 def encode(clip: Any, texts: Sequence[str]) -> list:
     """One conditioning that holds the encodings of ``texts`` as a batch."""
     encoded = [host_node("CLIPTextEncode")(clip=clip, text=text)[0][0] for text in texts]
     return [[torch.cat([tokens for tokens, _ in encoded]), encoded[0][1]]]
 
 
+@torch.inference_mode()
 def generate(
     model: Any,
     clip: Any,
@@ -110,7 +112,8 @@ def generate(
             latent_image=latent,
             denoise=1.0,
         )[0]
-        pictures.append(host_node("VAEDecode")(vae=vae, samples=sampled)[0].float().cpu().clamp(0, 1))
+        for some in sampled["samples"].split(4):  # a whole batch at full size would take gigabytes
+            pictures.append(host_node("VAEDecode")(vae=vae, samples={"samples": some})[0].float().cpu().clamp(0, 1))
     return torch.cat(pictures)
 
 
@@ -178,6 +181,8 @@ class WordMaps:
 
     def maps(self) -> Tensor:
         """[B, 16 * 16, 77]"""
+        if self.total is None:
+            raise RuntimeError("nothing was sampled yet")
         return self.total / self.calls
 
 
@@ -235,6 +240,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sheet", type=Path, help="write a contact sheet here")
     args = parser.parse_args(argv)
     start_host()
+    import comfy.utils
+
+    comfy.utils.set_progress_bar_enabled(False)
     model, clip, vae = load(args.checkpoint.resolve())
     sampling = {"steps": args.steps, "cfg": args.cfg, "seed": args.seed}
     chosen = prompts(args.prompts, args.objects)

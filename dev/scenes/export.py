@@ -1,6 +1,6 @@
 """Write the shipped file: U-Net, text encoder and VAE as fp16 in SD1's single-file layout.
 
-    cd dev && COMFYUI_PATH=... python -m scenes.export [--state STATE] [--decoder STATE] [--out FILE]
+cd dev && COMFYUI_PATH=... python -m scenes.export [--state STATE] [--decoder STATE] [--out FILE]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from host_inprocess import start_host
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from scenes import train, train_decoder
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     weights = checkpoint_weights(state, decoder)
     about = {"format": "pt", "title": "Fovea Scenes", "license": "GPL-3.0-or-later", "steps": str(state.get("steps", 0))}
     partial = args.out.with_suffix(".part")
-    save_file(weights, partial, metadata=about)
+    partial.write_bytes(save(weights, metadata=about))
     os.replace(partial, args.out)
     numbers = sum(value.numel() for value in weights.values())
     print(f"{args.out}: {len(weights)} tensors, {numbers / 1e6:.2f} M numbers, {args.out.stat().st_size:,} bytes")

@@ -78,9 +78,7 @@ def use_plain_attention() -> None:
 
 def alphas_cumprod() -> Tensor:
     """Signal share by timestep [1000], float64, from the host's own schedule."""
-    betas = make_beta_schedule(
-        "linear", layout.TIMESTEPS, linear_start=layout.BETA_START, linear_end=layout.BETA_END
-    )
+    betas = make_beta_schedule("linear", layout.TIMESTEPS, linear_start=layout.BETA_START, linear_end=layout.BETA_END)
     return torch.cumprod(1 - torch.as_tensor(betas, dtype=torch.float64), 0)
 
 
@@ -133,6 +131,9 @@ class TextEncoder(nn.Module):
     The host's class adds in place, which autograd refuses; unknown words are zero rows there.
     """
 
+    rows: Tensor  # token id -> row of the embedding table
+    mask: Tensor  # causal, added to the scores
+
     def __init__(self, vocabulary: Sequence[int]) -> None:
         super().__init__()
         width = layout.TEXT_WIDTH
@@ -141,7 +142,10 @@ class TextEncoder(nn.Module):
         rows[list(vocabulary)] = torch.arange(len(vocabulary))
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("mask", torch.full((layout.TOKENS, layout.TOKENS), -1e9).triu_(1), persistent=False)
-        embeddings = {"token_embedding": nn.Embedding(len(vocabulary), width), "position_embedding": nn.Embedding(layout.TOKENS, width)}
+        embeddings = {
+            "token_embedding": nn.Embedding(len(vocabulary), width),
+            "position_embedding": nn.Embedding(layout.TOKENS, width),
+        }
         self.embeddings = nn.ModuleDict(embeddings)
         nn.init.normal_(embeddings["token_embedding"].weight, std=0.5)
         nn.init.normal_(embeddings["position_embedding"].weight, std=0.1)
@@ -149,20 +153,21 @@ class TextEncoder(nn.Module):
             _Layer(width, layout.TEXT["num_attention_heads"], layout.TEXT["intermediate_size"])
             for _ in range(layout.TEXT["num_hidden_layers"])
         ]
+        self.layers = layers  # the same modules as a plain list
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
         self.final_layer_norm = nn.LayerNorm(width)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, 77] -> conditioning [B, 77, width]."""
         x = self.embeddings["token_embedding"](self.rows[ids]) + self.embeddings["position_embedding"].weight
-        for layer in self.encoder["layers"]:
+        for layer in self.layers:
             x = layer(x, self.mask)
         return self.final_layer_norm(x)
 
     def load_words(self, weights: dict[str, Tensor], vocabulary: Sequence[int]) -> None:
         """Load a state that may know fewer words than this encoder; rows are matched by token id."""
         key = "embeddings.token_embedding.weight"
-        table = self.embeddings["token_embedding"].weight.detach().clone()
+        table = self.get_parameter(key).detach().clone()
         for token, row in zip(vocabulary, weights[key], strict=True):
             if token in self.vocabulary:
                 table[self.vocabulary.index(token)] = row

@@ -83,14 +83,15 @@ class GradientMean:
         """Average in place; returns worker 0's progress (share of the time budget) so that all agree on it."""
         if self.workers == 1:
             return progress
-        torch.cat([p.grad.flatten() for p in self.parameters], out=self.flat[rank])
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        torch.cat([gradient.flatten() for gradient in gradients], out=self.flat[rank])
         if rank == 0:
             self.progress[0] = progress
         self.barrier.wait(600)
         mean, progress = self.flat.mean(0), self.progress.item()
         self.barrier.wait(600)  # nobody writes the next gradients before everybody has read these
-        for parameter, part in zip(self.parameters, mean.split([p.numel() for p in self.parameters]), strict=True):
-            parameter.grad.copy_(part.view_as(parameter))
+        for gradient, part in zip(gradients, mean.split([p.numel() for p in self.parameters]), strict=True):
+            gradient.copy_(part.view_as(gradient))
         return progress
 
 
@@ -140,8 +141,8 @@ class Trainer:
         decay = min(EMA_DECAY, (1 + self.totals["steps"]) / (10 + self.totals["steps"]))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 
-    def save(self, seconds: float) -> None:
-        """Averaged weights at the top level (what the export reads), everything needed to go on below them."""
+    def save(self, seconds: float) -> dict[str, float]:
+        """Averaged weights at the top level (what the export reads), everything needed to go on beside them; totals."""
         raw = {kind: {k: v.cpu().clone() for k, v in module.state_dict().items()} for kind, module in self.modules.items()}
         averages = iter(self.average)
         averaged = {
@@ -153,6 +154,7 @@ class Trainer:
         partial = self.args.out.with_suffix(".part")
         torch.save(state, partial)
         os.replace(partial, self.args.out)
+        return totals
 
 
 def train(args: argparse.Namespace) -> None:
@@ -195,8 +197,7 @@ def train(args: argparse.Namespace) -> None:
             saved = now
     if rank:
         os._exit(0)
-    trainer.save(time.monotonic() - started)
-    print(f"{trainer.totals} -> {args.out}")
+    print(f"{trainer.save(time.monotonic() - started)} -> {args.out}")
 
 
 def main(argv: list[str] | None = None) -> None:

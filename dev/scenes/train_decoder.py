@@ -1,6 +1,6 @@
 """Train the enlarging decoder: 32-pixel pictures as the diffusion model makes them -> crisp 256-pixel pictures.
 
-    cd dev && COMFYUI_PATH=... python -m scenes.train_decoder --minutes 25 [--resume STATE] [--out STATE]
+cd dev && COMFYUI_PATH=... python -m scenes.train_decoder --minutes 25 [--resume STATE] [--out STATE]
 """
 
 from __future__ import annotations
@@ -89,12 +89,13 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(seed)
     rng = random.Random(seed)
 
-    def save() -> None:
+    def save() -> dict[str, float]:
         weights = complete | {name: value.cpu() for name, value in average.items()}
-        now = {**totals, "seconds": totals["seconds"] + time.monotonic() - started}
+        sums = {**totals, "seconds": totals["seconds"] + time.monotonic() - started}
         partial = args.out.with_suffix(".part")
-        torch.save({"decoder": weights, **now}, partial)
+        torch.save({"decoder": weights, **sums}, partial)
         os.replace(partial, args.out)
+        return sums
 
     started = logged = saved = time.monotonic()
     losses: list[float] = []
@@ -124,8 +125,7 @@ def train(args: argparse.Namespace) -> None:
         if now - saved > SAVE_EVERY:
             save()
             saved = now
-    save()
-    print(f"{totals} -> {args.out}")
+    print(f"{save()} -> {args.out}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,0 +1,176 @@
+"""Saving and loading attention maps: nothing is lost, and nothing outside the host's folders is read or written."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+@pytest.fixture
+def files(pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of the nodes, on a host with empty folders."""
+    for name in ("input", "output", "temp"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(folder_paths, f"get_{name}_directory", lambda name=name: str(tmp_path / name))
+    return importlib.import_module("fovea_attention.nodes.attn_files")
+
+
+@pytest.fixture
+def maps(pack: Any) -> Any:
+    """Maps of a run of two steps, with everything a recording can hold."""
+    module = importlib.import_module("fovea_attention.attention.maps")
+    random = torch.Generator().manual_seed(1)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=random)
+
+    prompt = module.PromptMaps(
+        prompt="positive",
+        tokens=5,
+        grid=(1, 4, 6),
+        layers={"input.1": module.LayerMaps(2, some(1, 2, 5, 1, 4, 6)), "middle": module.LayerMaps(2, some(1, 1, 5, 1, 2, 3))},
+        steps=[0, 1],
+        step_maps=some(2, 1, 5, 1, 4, 6).half(),
+        figures=module.StepFigures(some(2, 1, 5), some(2, 1, 5), some(2, 1, 5)),
+        self_attention=[module.SelfAttention((1, 2, 3), 4, some(1, 6, 6))],
+        area=(0.0, 0.25, 1.0, 0.5),
+        metadata={"version": 1, "text": "猫 and dog"},
+        rows=5,
+    )
+    return module.AttnMaps(module.Recording([14.6, 1.0, 0.0], 1, (1, 4, 6), [prompt], ["a note"], {"model": "Tiny"}))
+
+
+PICTURE = torch.zeros(1, 8, 8, 3)
+
+
+def save(files: Any, maps: Any, prefix: str = "attention/maps") -> Path:
+    saved = files.FoveaSaveAttnMaps.execute(maps, PICTURE, prefix)
+    assert saved.args[0] is maps
+    return Path(folder_paths.get_output_directory(), saved.ui.as_dict()["text"][0])
+
+
+def test_what_was_saved_is_loaded_again(files: Any, maps: Any) -> None:
+    path = save(files, maps)
+    assert path.name == "maps_00001_.attn.safetensors"
+    loaded = files.FoveaLoadAttnMaps.execute(f"attention/{path.name} [output]").args[0]
+    before, after = maps.state_dict(), loaded.state_dict()
+    assert json.loads(after[1]["fovea.attn_maps"]) == json.loads(before[1]["fovea.attn_maps"])
+    assert set(after[0]) == set(before[0])
+    for name, tensor in before[0].items():
+        assert torch.equal(after[0][name], tensor) and after[0][name].dtype == tensor.dtype, name
+    for heat in ("heat", "self_attention"):
+        arguments = () if heat == "heat" else (0.3, 0.7)
+        assert torch.equal(getattr(loaded, heat)(*arguments), getattr(maps, heat)(*arguments))
+
+
+def test_names_are_counted_and_never_taken_twice(files: Any, maps: Any) -> None:
+    names = [save(files, maps, "deep/er/cat").name for _ in range(3)]
+    assert names == [f"cat_0000{at}_.attn.safetensors" for at in (1, 2, 3)]
+
+
+def test_the_workflow_is_saved_as_pictures_carry_it(files: Any, maps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hidden:
+        prompt = {"1": {"class_type": "KSampler"}}
+        extra_pnginfo = {"workflow": {"nodes": []}}
+
+    monkeypatch.setattr(files.FoveaSaveAttnMaps, "hidden", Hidden, raising=False)
+    with safe_open(str(save(files, maps)), "pt") as stored:
+        metadata = stored.metadata()
+    assert json.loads(metadata["prompt"]) == Hidden.prompt and json.loads(metadata["workflow"]) == {"nodes": []}
+    monkeypatch.setattr(files.args, "disable_metadata", True)
+    with safe_open(str(save(files, maps)), "pt") as stored:
+        assert set(stored.metadata()) == {"fovea.attn_maps"}
+
+
+def test_maps_without_a_run_cannot_be_saved(files: Any) -> None:
+    empty = importlib.import_module("fovea_attention.attention.maps").AttnMaps()
+    with pytest.raises(ValueError, match="no attention maps yet"):
+        files.FoveaSaveAttnMaps.execute(empty, PICTURE, "attention/maps")
+    assert list(Path(folder_paths.get_output_directory()).iterdir()) == []
+
+
+def test_the_list_shows_files_of_the_input_folder_and_saved_ones(files: Any, maps: Any) -> None:
+    save(files, maps)
+    Path(folder_paths.get_input_directory(), "shared.attn.safetensors").write_bytes(b"")
+    Path(folder_paths.get_input_directory(), "model.safetensors").write_bytes(b"")
+    schema = files.FoveaLoadAttnMaps.define_schema()
+    assert schema.inputs[0].options == ["shared.attn.safetensors", "attention/maps_00001_.attn.safetensors [output]"]
+
+
+def test_an_empty_host_has_an_empty_list(files: Any) -> None:
+    assert files.FoveaLoadAttnMaps.define_schema().inputs[0].options == []
+    assert "no file is chosen" in files.FoveaLoadAttnMaps.validate_inputs("")
+    assert "no file is chosen" in files.FoveaLoadAttnMaps.validate_inputs(None)
+
+
+def test_another_content_is_another_fingerprint(files: Any, maps: Any) -> None:
+    path = save(files, maps)
+    name = f"attention/{path.name} [output]"
+    assert files.FoveaLoadAttnMaps.validate_inputs(name) is True
+    first = files.FoveaLoadAttnMaps.fingerprint_inputs(name)
+    assert files.FoveaLoadAttnMaps.fingerprint_inputs(name) == first
+    os.utime(path, (1, 1))
+    assert files.FoveaLoadAttnMaps.fingerprint_inputs(name) == first, "the content counts, not the date"
+    path.write_bytes(path.read_bytes() + b" ")
+    assert files.FoveaLoadAttnMaps.fingerprint_inputs(name) != first
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.attn.safetensors",
+        "../output/../../secret.attn.safetensors",
+        "/etc/passwd",
+        "link.attn.safetensors",
+        "linked/secret.attn.safetensors",
+        "../secret.attn.safetensors [output]",
+        "../secret.attn.safetensors [temp]",
+        "missing.attn.safetensors",
+        "a\0b.attn.safetensors",
+        "plain.safetensors",
+    ],
+)
+def test_nothing_outside_the_folders_is_read(files: Any, tmp_path: Path, name: str) -> None:
+    secret = tmp_path / "secret.attn.safetensors"
+    save_file({"x": torch.zeros(1)}, secret, metadata={"fovea.attn_maps": "{}"})
+    save_file({"x": torch.zeros(1)}, tmp_path / "input" / "plain.safetensors")
+    (tmp_path / "input" / "link.attn.safetensors").symlink_to(secret)
+    (tmp_path / "input" / "linked").symlink_to(tmp_path)
+    refusal = files.FoveaLoadAttnMaps.validate_inputs(name)
+    assert isinstance(refusal, str) and refusal.startswith("file")
+    for call in (files.FoveaLoadAttnMaps.execute, files.FoveaLoadAttnMaps.fingerprint_inputs):
+        with pytest.raises(ValueError, match="^file"):
+            call(name)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["../maps", "a/../../maps", "{tmp}/elsewhere/maps", "linked/maps", "a\0b", "", "  ", "folder/"]
+)
+def test_nothing_outside_the_output_folder_is_written(files: Any, maps: Any, tmp_path: Path, prefix: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "output" / "linked").symlink_to(elsewhere)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="^filename_prefix"):
+        save(files, maps, prefix.replace("{tmp}", str(tmp_path)))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_files_of_others_and_damaged_ones_are_refused(files: Any, maps: Any, tmp_path: Path) -> None:
+    folder = Path(folder_paths.get_input_directory())
+    save_file({"x": torch.zeros(1)}, folder / "model.attn.safetensors")
+    with pytest.raises(ValueError, match="holds no attention maps"):
+        files.FoveaLoadAttnMaps.execute("model.attn.safetensors")
+    whole = save(files, maps).read_bytes()
+    (folder / "half.attn.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged"):
+        files.FoveaLoadAttnMaps.execute("half.attn.safetensors")

@@ -1,0 +1,190 @@
+// Pointing at a picture of "Attention Map Preview" shows the words that look at that place, with their share of attention.
+//
+// The node leaves a small file of word maps in the host's temp folder (its format: attention/pointing.py) and names it in
+// its output as `fovea_words`. This file only listens and shows a box of its own; it changes nothing in the front end, and
+// where a front end does not have what it looks for, nothing is shown.
+
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+
+const NODE = "AttnMapPreview";
+const SHOWN_WORDS = 8;
+const FORMAT = 1;
+
+const outputs = new WeakMap(); // node -> its last output
+const files = new Map(); // file name -> its content; null while it loads and where it cannot be read
+let box = null;
+
+/** The same function, but an error in it stays inside it. */
+function harmless(callback) {
+  return (...args) => {
+    try {
+      return callback(...args);
+    } catch (error) {
+      console.debug("Fovea: pointing at attention maps does not work here.", error);
+      return undefined;
+    }
+  };
+}
+
+// --- the node's output ---------------------------------------------------------------------------------------------
+
+function outputOf(node) {
+  return outputs.get(node) ?? app.nodeOutputs?.[node.id];
+}
+
+/** The word maps that belong to what the node shows, once they are loaded. */
+function wordMapsOf(node) {
+  const file = outputOf(node)?.fovea_words?.[0];
+  if (!file) return null;
+  if (!files.has(file.filename)) {
+    if (files.size > 16) files.clear(); // those of earlier runs
+    files.set(file.filename, null);
+    load(file);
+  }
+  return files.get(file.filename);
+}
+
+async function load(file) {
+  try {
+    const answer = await api.fetchApi(`/view?${new URLSearchParams(file)}`);
+    const content = answer.ok ? await answer.json() : null;
+    if (content?.version !== FORMAT) return;
+    for (const map of content.maps) map.levels = Uint8Array.from(atob(map.levels), (char) => char.charCodeAt(0));
+    files.set(file.filename, content);
+  } catch (error) {
+    console.debug("Fovea: the word maps could not be read.", error);
+  }
+}
+
+/** Which of the node's pictures an address belongs to; -1 for none. */
+function pictureIndex(node, address) {
+  const name = new URL(address, location.href).searchParams.get("filename");
+  return (outputOf(node)?.images ?? []).findIndex((image) => image.filename === name);
+}
+
+// --- what is under the pointer -------------------------------------------------------------------------------------
+
+/** Where in a picture a point of a box lies, if the picture is shown whole and centred in it: fractions, or null. */
+function pointInside(point, frame, picture, most = Infinity) {
+  const [left, top, width, height] = frame;
+  const scale = Math.min(width / picture.naturalWidth, height / picture.naturalHeight, most);
+  const x = 0.5 + (point[0] - left - width / 2) / (picture.naturalWidth * scale);
+  const y = 0.5 + (point[1] - top - height / 2) / (picture.naturalHeight * scale);
+  return x >= 0 && x < 1 && y >= 0 && y < 1 ? { x, y } : null;
+}
+
+/** The hit of a node that is drawn on the canvas. */
+function hitOnCanvas(event) {
+  const canvas = app.canvas;
+  if (event.target !== canvas?.canvas) return null;
+  const [x, y] = canvas.convertEventToCanvasOffset(event);
+  const node = canvas.graph?.getNodeOnPos?.(x, y);
+  if (node?.comfyClass !== NODE || node.flags?.collapsed || !node.imgs?.length) return null;
+  const point = [x - node.pos[0], y - node.pos[1]];
+  if (node.imageIndex == null) {
+    for (const [index, frame] of (node.imageRects ?? []).entries()) {
+      const place = node.imgs[index] && pointInside(point, frame, node.imgs[index]);
+      if (place) return { node, picture: node.imgs[index], place };
+    }
+    return null;
+  }
+  const picture = node.imgs[node.imageIndex];
+  const widget = node.widgets?.find((each) => each.name === "$$canvas-image-preview");
+  if (!picture || !widget?.computedHeight) return null;
+  const note = app.extensionManager?.setting?.get?.("Comfy.Node.AllowImageSizeDraw") === false ? 0 : 15;
+  const place = pointInside(point, [0, widget.y, node.size[0], widget.computedHeight - note], picture, 1);
+  return place && { node, picture, place };
+}
+
+/** The hit of a node that is made of page elements. */
+function hitOnPage(event) {
+  const element = event.target?.closest?.("[data-node-id]");
+  const node = element && app.canvas?.graph?.getNodeById?.(element.dataset.nodeId);
+  if (node?.comfyClass !== NODE) return null;
+  for (const picture of element.querySelectorAll("img")) {
+    const frame = picture.getBoundingClientRect();
+    const place = pointInside([event.clientX, event.clientY], [frame.left, frame.top, frame.width, frame.height], picture);
+    if (place && pictureIndex(node, picture.src) >= 0) return { node, picture, place };
+  }
+  return null;
+}
+
+/** Words at the place of a hit, the most attentive first, and the place in the picture that was made. */
+function ranking({ node, picture, place }) {
+  const content = wordMapsOf(node);
+  const shown = content?.pictures[pictureIndex(node, picture.src)];
+  if (!shown) return null;
+  const [x, y] = [place.x * shown.size[0], place.y * shown.size[1]];
+  const panel = shown.panels.find(([left, top, width, height]) => x >= left && x < left + width && y >= top && y < top + height);
+  if (!panel) return null;
+  const [u, v] = [(x - panel[0]) / panel[2], (y - panel[1]) / panel[3]];
+  const [columns, rows] = content.grid;
+  const cell = Math.min(Math.floor(v * rows), rows - 1) * columns + Math.min(Math.floor(u * columns), columns - 1);
+  const map = content.maps[shown.map];
+  const share = (index) => (map.levels[index * columns * rows + cell] / 255) * map.highest[index];
+  const words = content.words.map((word, index) => ({ word, share: share(index) })).sort((a, b) => b.share - a.share);
+  return { u, v, words };
+}
+
+// --- the box -------------------------------------------------------------------------------------------------------
+
+function element(parent, style, text = "") {
+  const made = document.createElement("div");
+  Object.assign(made.style, style);
+  made.textContent = text;
+  parent.append(made);
+  return made;
+}
+
+function show(event, { u, v, words }) {
+  box ??= element(document.body, {
+    position: "fixed", zIndex: "10000", pointerEvents: "none", minWidth: "190px", padding: "8px 10px", borderRadius: "8px",
+    background: "rgba(22, 23, 27, 0.94)", border: "1px solid #40434c", color: "#ecedf0", font: "12px/1.5 sans-serif",
+  });
+  box.replaceChildren();
+  box.className = "fovea-words";
+  element(box, { color: "#9ea2ac", marginBottom: "4px" }, `attention at ${u.toFixed(2)}, ${v.toFixed(2)}`);
+  const most = words[0]?.share || 1;
+  for (const { word, share } of words.slice(0, SHOWN_WORDS)) {
+    const row = element(box, { display: "grid", gridTemplateColumns: "84px 1fr 46px", gap: "6px", alignItems: "center" });
+    element(row, { overflow: "hidden", textOverflow: "ellipsis", whiteSpace: "nowrap" }, word);
+    element(row, { height: "7px", borderRadius: "3px", background: "#4cc2ff", width: `${(100 * share) / most}%` });
+    element(row, { textAlign: "right", color: "#9ea2ac" }, `${(100 * share).toFixed(1)} %`);
+  }
+  if (words.length > SHOWN_WORDS) element(box, { color: "#9ea2ac" }, `and ${words.length - SHOWN_WORDS} more words`);
+  box.style.display = "block";
+  const { width, height } = box.getBoundingClientRect();
+  box.style.left = `${event.clientX + 18 + width > innerWidth ? event.clientX - 18 - width : event.clientX + 18}px`;
+  box.style.top = `${Math.max(Math.min(event.clientY + 18, innerHeight - height - 6), 6)}px`;
+}
+
+function point(event) {
+  const hit = hitOnCanvas(event) ?? hitOnPage(event);
+  const found = hit && ranking(hit);
+  if (found) show(event, found);
+  else if (box) box.style.display = "none";
+}
+
+let listening = false;
+
+function listen() {
+  if (listening) return;
+  listening = true;
+  for (const kind of ["pointermove", "pointerdown"]) {
+    document.addEventListener(kind, harmless(point), { capture: true, passive: true });
+  }
+}
+
+app.registerExtension({
+  name: "Fovea.AttentionHover",
+  nodeCreated: harmless((node) => {
+    if (node.comfyClass !== NODE) return;
+    listen();
+    const before = node.onExecuted;
+    node.onExecuted = function (output, ...rest) {
+      outputs.set(this, output);
+      return before?.call(this, output, ...rest);
+    };
+  }),
+});
