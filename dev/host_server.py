@@ -144,6 +144,7 @@ class HostServer:
         self.arguments = arguments
         self.ready_within = ready_within
         self.log = self.base / "server.log"
+        self.startup_log = ""  # what it logged until it was ready
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -203,6 +204,7 @@ class HostServer:
             self.check_alive("before it was ready")
             with contextlib.suppress(ServerError):
                 self.get("/system_stats", timeout=5)
+                self.startup_log = self.log_text()
                 return
             time.sleep(0.2)
         raise ServerError(f"ComfyUI did not answer within {self.ready_within:.0f} s. The end of its log:\n{self.log_tail()}")

@@ -64,6 +64,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostServer]:
 
 
 @pytest.fixture(scope="session")
+def startup_log(server: HostServer) -> str:
+    """What the server logged until it was ready; later tests make it complain on purpose."""
+    return server.startup_log
+
+
+@pytest.fixture(scope="session")
 def object_info(server: HostServer) -> dict[str, Any]:
     """The schema of every node, as the server tells it to the browser."""
     return server.object_info()
