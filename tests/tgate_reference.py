@@ -74,9 +74,12 @@ def relative_difference(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def assert_same_picture(result: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal up to float32 rounding: a batch of one and a batch of two are summed in another order, over all steps."""
+    """Equal up to float32 rounding: a batch of one and a batch of two are summed in another order, over all steps.
+
+    Rounding was seen up to 2.7e-5 (CogVideoX); a gate that is one step off, the nearest mistake, starts at 1.3e-4.
+    """
     assert torch.isfinite(result).all()
-    assert relative_difference(result, expected) < 2e-5
+    assert relative_difference(result, expected) < 5e-5
 
 
 class ModuleReference(Reference):

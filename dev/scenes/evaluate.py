@@ -213,6 +213,13 @@ def seconds_per_picture(model: Any, clip: Any, vae: Any, prompt: Prompt, repeats
     return sorted(times[1:])[repeats // 2]
 
 
+def show(figures: dict[str, dict[str, Any]]) -> None:
+    """Print shares with their intervals."""
+    for name, value in figures.items():
+        hits = f"{value['hits']} of {value['count']}"
+        print(f"  {name}: {value['share']:.3f} ({value['low']:.3f} to {value['high']:.3f}; {hits})", flush=True)
+
+
 def sheet(pictures: Tensor, path: Path, columns: int = 8, side: int = 128) -> None:
     """Save a contact sheet; the order is that of the prompts, row by row."""
     from PIL import Image
@@ -247,16 +254,18 @@ def main(argv: list[str] | None = None) -> None:
     sampling = {"steps": args.steps, "cfg": args.cfg, "seed": args.seed}
     chosen = prompts(args.prompts, args.objects)
     pictures = generate(model, clip, vae, chosen, batch=args.batch, **sampling)
+    if args.sheet:
+        sheet(pictures, args.sheet)
     findings = score(pictures, chosen)
     figures = summary(findings)
-    if args.pointing:
-        figures |= pointing(model, clip, vae, chosen[: args.pointing], **sampling)
-    seconds = seconds_per_picture(model, clip, vae, chosen[0], **sampling)
     print(f"{args.prompts} prompts of {args.objects}, {args.steps} steps, cfg {args.cfg:g}, seed {args.seed}")
-    for name, value in figures.items():
-        hits = f"{value['hits']} of {value['count']}"
-        print(f"  {name}: {value['share']:.3f} ({value['low']:.3f} to {value['high']:.3f}; {hits})")
-    print(f"  seconds per picture (batch 1): {seconds:.2f}")
+    show(figures)
+    if args.pointing:
+        peaks = pointing(model, clip, vae, chosen[: args.pointing], **sampling)
+        show(peaks)
+        figures |= peaks
+    seconds = seconds_per_picture(model, clip, vae, chosen[0], **sampling)
+    print(f"  seconds per picture (batch 1): {seconds:.2f}", flush=True)
     if args.json:
         pictures_found = [
             {"prompt": prompt.text, "objects": [{"present": f.present, "right": f.right, "overlap": f.overlap} for f in found]}
@@ -265,8 +274,6 @@ def main(argv: list[str] | None = None) -> None:
         report = {**sampling, "objects": args.objects, "figures": figures, "seconds_per_picture": seconds}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({**report, "pictures": pictures_found}, indent=1))
-    if args.sheet:
-        sheet(pictures, args.sheet)
 
 
 if __name__ == "__main__":
