@@ -198,13 +198,12 @@ def quality_part(args: argparse.Namespace) -> str:
     prompts = evaluate.prompts(args.prompts)
     sampling = {"cfg": args.cfg, "seed": 0, "batch": 16}
     plain = evaluate.generate(model, clip, vae, prompts, steps=STEPS, **sampling)
-    plain_macs = model_macs(model, {})
+    plain_macs = model_macs(model, {"steps": STEPS})
     right = [all(f.right for f in picture) for picture in evaluate.score(plain, prompts)]
     rows = [("plain", _share(right), "", "", "1.000")]
     for name, settings in SETTINGS.items():
-        inputs = dict(settings)
-        steps = inputs.pop("steps", STEPS)
-        patched = tgate(model, **inputs) if "steps" not in settings else model
+        steps = settings.get("steps", STEPS)
+        patched = model if "steps" in settings else tgate(model, **settings)
         pictures = evaluate.generate(patched, clip, vae, prompts, steps=steps, **sampling)
         now_right = [all(f.right for f in picture) for picture in evaluate.score(pictures, prompts)]
         same = sum(a == b for a, b in zip(right, now_right, strict=True)) / len(right)
@@ -223,10 +222,9 @@ def _share(hits: list[bool]) -> str:
 
 
 def model_macs(model: Any, settings: dict[str, Any]) -> float:
-    inputs = dict(settings)
-    steps = inputs.pop("steps", STEPS)
-    patched = tgate(model, **inputs) if inputs else (model if "steps" in settings or not settings else tgate(model))
-    return multiply_accumulates(sampler(patched, steps, torch.zeros(1, 3, 32, 32), 96))
+    """Multiply-accumulates of one picture; settings that name ``steps`` are plain sampling."""
+    patched = model if "steps" in settings else tgate(model, **settings)
+    return multiply_accumulates(sampler(patched, settings.get("steps", STEPS), torch.zeros(1, 3, 32, 32), 96))
 
 
 def auto_part(args: argparse.Namespace) -> str:
