@@ -92,6 +92,8 @@ def _kinds(family: Family, model) -> list[str]:
 def test_joint_attention_only_loses_the_negative_prompt(tgate, caplog, family):
     caplog.set_level("INFO", logger="fovea")
     model = family.build()
+    # One prompt a call on both sides: deep networks turn the rounding of another batch size into a visible difference.
+    model.model.memory_required = lambda *args, **kwargs: float("inf")
     result = sample(family, tgate(model), steps=STEPS)
     assert_same_picture(result, reference_picture(family, model))
     assert f"cross-attention reused in 0 of {STEPS} steps, negative prompt skipped in {STEPS - GATE}" in caplog.text
