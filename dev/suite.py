@@ -1,4 +1,4 @@
-"""`python dev test`: ruff, mypy, then every test on every pinned ComfyUI."""
+"""`python dev test`: ruff, mypy, then every test on every pinned ComfyUI, the hosts side by side."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import environment
 from environment import DEV, ROOT, Environment
@@ -41,14 +43,19 @@ def run(command: Sequence[str], cwd: Path = ROOT, **extra: str) -> int:
     try:
         return child.wait()
     except BaseException:
-        if child.poll() is None:
-            child.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
-            try:
-                child.wait(30)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+        stop(child)
         raise
+
+
+def stop(child: subprocess.Popen[Any]) -> None:
+    """Let a command clean up behind itself; one that does not is killed."""
+    if child.poll() is None:
+        child.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
+        try:
+            child.wait(30)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
 
 
 def check_types(python: Path) -> int:
@@ -67,19 +74,52 @@ def check_types(python: Path) -> int:
     return run([str(python), "-m", "mypy", *options, *map(str, targets)], cwd=folder, MYPYPATH=bases)
 
 
-def run_tests(python: Path, host: Path, arguments: Sequence[str]) -> Count:
-    """pytest on one host. Its report file tells the counts; without one, pytest itself broke, which is a failure."""
-    report = environment.home() / "log" / f"tests-{host.name}.xml"
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.unlink(missing_ok=True)
-    command = [str(python), "-m", "pytest", "-c", str(ROOT / "tests" / "pytest.ini"), f"--junitxml={report}", *arguments]
-    if not any(argument.split("::")[0].endswith(".py") for argument in arguments):
-        command.append(str(ROOT / "tests"))
-    code = run(command, COMFYUI_PATH=str(host))
-    count = read_report(report)
-    if code and not count.failed:
-        count.failed = 1
-    return count
+class HostTests:
+    """pytest on one host. Its lines appear on ours as they come, behind the host's version where there are several."""
+
+    def __init__(self, python: Path, host: Path, arguments: Sequence[str], threads: int, label: str = "") -> None:
+        self.report = environment.home() / "log" / f"tests-{host.name}.xml"
+        self.report.parent.mkdir(parents=True, exist_ok=True)
+        self.report.unlink(missing_ok=True)
+        command = [str(python), "-m", "pytest", "-c", str(ROOT / "tests" / "pytest.ini"), f"--junitxml={self.report}", *arguments]
+        if not any(argument.split("::")[0].endswith(".py") for argument in arguments):
+            command.append(str(ROOT / "tests"))
+        env = environment.clean_env(COMFYUI_PATH=str(host), PYTHONUNBUFFERED="1")
+        env.setdefault("OMP_NUM_THREADS", str(threads))  # threads that wait for each other by spinning take the other's time
+        self.child = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.prefix = f"{label} | ".encode() if label else b""
+        self.reader = threading.Thread(target=self._pass_on, daemon=True)
+        self.reader.start()
+
+    def _pass_on(self) -> None:
+        assert self.child.stdout is not None
+        for line in self.child.stdout:
+            sys.stdout.buffer.write(self.prefix + line)
+            sys.stdout.buffer.flush()
+
+    def result(self) -> Count:
+        """The counts in its report file; without one, pytest itself broke, which is a failure."""
+        code = self.child.wait()
+        self.reader.join(10)
+        count = read_report(self.report)
+        if code and not count.failed:
+            count.failed = 1
+        return count
+
+
+def run_tests(python: Path, hosts: Sequence[Path], arguments: Sequence[str]) -> dict[str, Count]:
+    """pytest on all hosts at the same time, by version; when we are stopped, all are stopped first."""
+    threads = max(1, (os.cpu_count() or 1) // len(hosts))
+    running: dict[str, HostTests] = {}
+    try:
+        for host in hosts:
+            version = host_version_of(host) or host.name
+            running[version] = HostTests(python, host, arguments, threads, version if len(hosts) > 1 else "")
+        return {version: tests.result() for version, tests in running.items()}
+    except BaseException:
+        for tests in running.values():
+            stop(tests.child)
+        raise
 
 
 def read_report(report: Path) -> Count:
@@ -100,18 +140,16 @@ def announce(number: int, total: int, what: str) -> None:
 
 def main(made: Environment, arguments: Sequence[str]) -> int:
     """Every check, all of them even when one fails; the last line sums up the tests."""
-    total, broken, start = 2 + len(made.hosts), [], time.monotonic()
+    total, broken, start = 3, [], time.monotonic()
     announce(1, total, "ruff")
     if run([str(made.python), "-m", "ruff", "check", "--no-cache", str(ROOT)]):
         broken.append("ruff")
     announce(2, total, "mypy")
     if check_types(made.python):
         broken.append("mypy")
-    counts: dict[str, Count] = {}
-    for number, host in enumerate(made.hosts, start=3):
-        version = host_version_of(host) or host.name
-        announce(number, total, f"pytest on ComfyUI {version}")
-        counts[version] = run_tests(made.python, host, arguments)
+    versions = [host_version_of(host) or host.name for host in made.hosts]
+    announce(3, total, f"pytest on ComfyUI {' and '.join(versions)}")
+    counts = run_tests(made.python, made.hosts, arguments)
     whole = sum(counts.values(), Count())
     print(f"\n{time.monotonic() - start:.0f} s", *(f"ComfyUI {version}: {count}" for version, count in counts.items()), sep="\n")
     if broken:

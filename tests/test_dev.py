@@ -361,7 +361,11 @@ def test_test_results_are_counted_from_pytests_report(tmp_path: Path, monkeypatc
         "@pytest.mark.skip\ndef test_d(): pass\n"
         "@pytest.fixture\ndef broken(): raise OSError\ndef test_e(broken): pass\n"
     )
-    count = suite.run_tests(Path(sys.executable), tmp_path, [str(file)])
+    one, two = tmp_path / "one", tmp_path / "two"
+    counts = suite.run_tests(Path(sys.executable), [one, two], [str(file)])
+    assert list(counts) == ["one", "two"]
+    assert counts["one"] == counts["two"]
+    count = counts["one"]
     assert str(count) == "2 passed, 2 failed, 1 skipped"
     assert str(count + suite.Count(passed=3)) == "5 passed, 2 failed, 1 skipped"
 
@@ -370,7 +374,7 @@ def test_a_run_that_breaks_before_its_tests_counts_as_failed(tmp_path: Path, mon
     monkeypatch.setenv("FOVEA_HOME", str(tmp_path))
     file = tmp_path / "test_broken.py"
     file.write_text("raise SystemExit(7)\n")
-    assert suite.run_tests(Path(sys.executable), tmp_path, [str(file)]).failed == 1
+    assert suite.run_tests(Path(sys.executable), [tmp_path], [str(file)])[tmp_path.name].failed == 1
 
 
 # ------------------------------------------------------------------------------------------ the server
