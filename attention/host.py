@@ -15,6 +15,8 @@ from typing import Any
 from uuid import UUID
 
 import comfy.model_management
+import comfy.ops
+import comfy.patcher_extension
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -30,6 +32,9 @@ PRIVATE_PASS = "fovea.private_pass"
 
 # transformer_options: a function that takes the place of every attention call that passes its transformer_options on.
 _ATTENTION_OVERRIDE = "optimized_attention_override"
+
+# Options through which other nodes reuse results between calls, cut a call up or send it elsewhere.
+_FOREIGN_OPTIONS = ("model_function_wrapper", "context_handler", "multigpu_clones")
 
 # Position of transformer_options among the arguments of an APPLY_MODEL wrapper: (x, t, c_concat, c_crossattn, control, options).
 _APPLY_MODEL_OPTIONS = 5
@@ -183,6 +188,121 @@ def combines_as_cfg(guider: Any) -> bool:
     return ours or type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
 
 
+# --- passes of our own ------------------------------------------------------------------------------------------------
+
+
+def private_options(options: ModelOptions, *, keeps_patches: bool) -> ModelOptions:
+    """Options for a pass of the pack's own: no caches, no compiled modules, no context windows, not seen by our recorders.
+
+    Args:
+        keeps_patches: keep what other nodes change inside the network's blocks (FreeU, ToMe, ...). A node that replaces
+            attention itself (IPAdapter, PAG) is left out in either case: its attention could not be seen.
+    """
+    transformer = dict(options.get("transformer_options", {}))
+    for name in ("wrappers", "callbacks", "patches_replace", _ATTENTION_OVERRIDE, *(() if keeps_patches else ("patches",))):
+        transformer.pop(name, None)
+    kept = {name: value for name, value in options.items() if name not in _FOREIGN_OPTIONS}
+    return {**kept, "transformer_options": {**transformer, PRIVATE_PASS: True}}
+
+
+def call_with_cond(
+    base_model: Any,
+    cond: dict[str, Any],
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    options: ModelOptions,
+    body: Callable[..., torch.Tensor],
+) -> None:
+    """Let the host prepare one model call (areas, ControlNet, hooks, casts), and run ``body`` in its place.
+
+    ``body(executor, x, sigma, concat, context, control, transformer_options, **conditioning)`` is an APPLY_MODEL wrapper;
+    it is not called where the cond is not active at this sigma.
+    """
+    wrappers = {WrappersMP.APPLY_MODEL: {PRIVATE_PASS: [body]}}
+    transformer = {**options["transformer_options"], "wrappers": wrappers}
+    comfy.samplers.calc_cond_batch(base_model, [[cond]], x, sigma, {**options, "transformer_options": transformer})
+
+
+def cond_region(cond: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
+    """The part of ``x`` that a cond with an area works on, as a view."""
+    area = cond.get("area")
+    for dimension in range(len(area) // 2 if area is not None else 0):
+        start = area[len(area) // 2 + dimension]
+        x = x.narrow(dimension + 2, start, min(x.shape[dimension + 2] - start, area[dimension]))
+    return x
+
+
+def input_scale(base_model: Any, sigma: torch.Tensor) -> torch.Tensor:
+    """z = x * scale, (batch, 1, ...): the model's own input, which is variance preserving for eps and v; 1 for flow models."""
+    return base_model.model_sampling.calculate_input(sigma, torch.ones_like(sigma))
+
+
+# --- weights ------------------------------------------------------------------------------------------------------------
+
+
+def is_weighted_operation(module: torch.nn.Module) -> bool:
+    """One of the host's own operations, whose weights it casts and streams. (Not what a network derives from them.)"""
+    return isinstance(module, comfy.ops.CastWeightBiasOp) and type(module).forward.__module__ == comfy.ops.__name__
+
+
+@contextmanager
+def cast_weights(module: Any, like: torch.Tensor) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """Weight and bias of an operation as it would use them on ``like``; the host may take them back after the block."""
+    if module.weight is None:
+        yield None, None
+        return
+    weight, bias, stream = comfy.ops.cast_bias_weight(module, like, offloadable=True)
+    try:
+        plain = weight.dequantize() if type(weight) not in (torch.Tensor, torch.nn.Parameter) else weight
+        yield plain, bias
+    finally:
+        comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+
+
+def plain_kernel(function: Any) -> Any:
+    """The plain torch form of one of 0.30.0's fused kernels (RoPE), which have no gradient; other functions as they are."""
+    namespace, _, name = str(function).partition(".")
+    if namespace != "comfy_kitchen":
+        return function
+    from comfy_kitchen.backends.eager import rope
+
+    return getattr(rope, name.removesuffix(".default"), function)
+
+
+@contextmanager
+def differentiable_kernels() -> Iterator[None]:
+    """Let 0.30.0 choose kernels that have a gradient (RoPE, quantised matmul); 0.3.75 has no others."""
+    before = getattr(comfy.model_management, "in_training", None)
+    if before is not None:
+        comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        if before is not None:
+            comfy.model_management.in_training = before
+
+
+def compute_dtype(base_model: Any) -> torch.dtype:
+    """What the network computes in."""
+    return base_model.manual_cast_dtype or base_model.get_dtype()  # type: ignore[no-any-return]
+
+
+def forward_memory(base_model: Any, x: torch.Tensor) -> float:
+    """Bytes that the host reckons for one forward on ``x``."""
+    return float(base_model.memory_required(list(x.shape)))
+
+
+def empty_cache() -> None:
+    """Give memory that torch holds for later back to the device."""
+    comfy.model_management.soft_empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """The host's own judgement: on a machine without a GPU it counts no error as out of memory."""
+    kind = comfy.model_management.OOM_EXCEPTION
+    return isinstance(error, torch.OutOfMemoryError) or (kind is not Exception and isinstance(error, kind))
+
+
 # --- watching attention ---------------------------------------------------------------------------------------------
 
 
@@ -197,6 +317,15 @@ def with_attention_observer(options: TransformerOptions, observe: Callable[..., 
     def override(attention: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         observe(*args, **kwargs)
         return attention(*args, **kwargs) if previous is None else previous(attention, *args, **kwargs)
+
+    return {**options, _ATTENTION_OVERRIDE: override}
+
+
+def with_attention(options: TransformerOptions, attention: Callable[..., torch.Tensor]) -> TransformerOptions:
+    """Options whose attention calls are made by ``attention(host_function, *args, **kwargs)``, whatever was there before."""
+
+    def override(host_function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        return attention(host_function, *args, **kwargs)
 
     return {**options, _ATTENTION_OVERRIDE: override}
 

@@ -66,6 +66,8 @@ _LAYOUTS: dict[str, BlockLayout | None] = {
         ("attn1", "audio_attn1"), ("attn2", "audio_attn2"), "to_out"
     ),
     "comfy.ldm.cosmos.predict2.Block": BlockLayout(("self_attn",), ("cross_attn",), "output_proj"),  # Cosmos-Predict2, Anima
+    # The cross-attention design's second attention looks at the timestep too, which must not be frozen.
+    f"{__package__}.dit.DiTBlock": BlockLayout(("attn",), (), "proj"),
 }
 
 
@@ -104,11 +106,6 @@ def _actual_kind(block: torch.nn.Module, name: str, usual: Kind) -> Kind:
     if name == "attn2" and getattr(block, "switch_temporal_ca_to_sa", False):
         return "self"
     return usual
-
-
-def has_cross_attention(network: torch.nn.Module) -> bool:
-    """Whether text enters this network through cross-attention modules that the table knows."""
-    return any(site.kind == "cross" for site in attention_sites(network))
 
 
 # --- seeing: where text and image stand in every attention call ----------------------------------------------------------
@@ -259,6 +256,7 @@ UNET = "comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel"
 CASCADE = "comfy.ldm.cascade.stage_c.StageC"
 
 _NETWORKS: dict[str, NetworkLayout | None] = {
+    f"{__package__}.dit.DiT": NetworkLayout("DiT", _BLOCKS),
     UNET: NetworkLayout("U-Net", patch=None, repeats_text=True),
     CASCADE: NetworkLayout("Stable Cascade", order=_image_then_text, patch=None, repeats_text=True, text="clip_text"),
     "comfy.ldm.modules.diffusionmodules.mmdit.MMDiT": NetworkLayout("SD3", (("joint_blocks", "block"),), _text_first),
@@ -402,6 +400,19 @@ def _unknown_layers(network: torch.nn.Module) -> list[CaptureLayer]:
         return [CaptureLayer("network", "unknown", network)]
     _, blocks = max(lists, key=lambda item: len(item[1]))
     return [CaptureLayer(f"block.{index}", "unknown", block) for index, block in enumerate(blocks)]
+
+
+_UNET_CHECKPOINTS = ("ResBlock", "VideoResBlock", "BasicTransformerBlock")
+
+
+def checkpoint_blocks(network: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks of a network that can be computed again from their inputs, none inside another."""
+    layout = network_layout(network)
+    if layout is not None and layout.family == "U-Net":
+        return [module for module in network.modules() if type(module).__name__ in _UNET_CHECKPOINTS]
+    if layout is None or not layout.lists:
+        return [layer.module for layer in _unknown_layers(network) if layer.module is not network]
+    return [block for attribute, _ in layout.lists for block in cast(Iterable[torch.nn.Module], getattr(network, attribute))]
 
 
 # Models whose text is padded to a fixed length in front.

@@ -1,0 +1,179 @@
+"""Weights that autograd never holds: gradients with respect to a network's input, and nothing else.
+
+The host streams weights in and out, casts them for every call and loads them as inference tensors, so a graph that saves
+a weight is refused, keeps a copy of the model alive, or finds another layer's numbers in the buffer when it comes back.
+Inside ``frozen_ops`` every weighted operation runs as the host runs it, saves no weight, and asks the host for the weight
+once more when its gradient is due (with the same casts, LoRA functions and quantisation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from . import host
+
+_aten = torch.ops.aten
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """An ordinary tensor on the memory of an inference tensor. (``detach`` and ``view`` would be inference tensors again.)"""
+    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]
+
+
+# They keep their input for the gradient, and transformers add to their tokens in place right behind them. (Where blocks are
+# computed again nothing notices that, so a copy is the only remedy.)
+_NORMS = ("rms_norm", "layer_norm")
+
+
+class Differentiable(TorchFunctionMode):
+    """Lets networks that were written for inference run with a gradient.
+
+    Outside inference mode every torch function sees ordinary tensors in place of inference tensors (bare parameters,
+    conditioning, position tables), norms keep a copy of what they need, and the host's fused kernels run as plain torch.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not torch.is_inference_mode_enabled():
+            args = tuple(_ordinary_in(value) for value in args)
+            kwargs = {name: _ordinary_in(value) for name, value in kwargs.items()}
+            func = host.plain_kernel(func)
+            if getattr(func, "__name__", "") in _NORMS:
+                args = _with_copy(args)
+        return func(*args, **kwargs)
+
+
+def _with_copy(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    kept = args and isinstance(args[0], Tensor) and args[0].requires_grad and torch.is_grad_enabled()
+    return (args[0].clone(), *args[1:]) if kept else args
+
+
+def _ordinary_in(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return ordinary(value) if value.is_inference() else value
+    if type(value) in (list, tuple):
+        return type(value)(_ordinary_in(item) for item in value)
+    return value
+
+
+# --- gradients with respect to the input, from the weight alone where that is enough ------------------------------------
+
+# (module, gradient of the output, input or None, weight, bias, shape of the input) -> gradient of the input
+Rule = Callable[[Any, Tensor, Any, Any, Any, torch.Size], Tensor]
+
+
+def _linear(module: Any, gradient: Tensor, x: Any, weight: Tensor, bias: Any, shape: torch.Size) -> Tensor:
+    return gradient.matmul(weight)
+
+
+def _convolution(module: Any, gradient: Tensor, x: Any, weight: Tensor, bias: Any, shape: torch.Size) -> Tensor:
+    if module.padding_mode != "zeros":
+        raise NotImplementedError(f"a convolution with padding mode '{module.padding_mode}' cannot be differentiated here")
+    padding = module.padding
+    if padding == "valid":
+        padding = (0,) * (gradient.ndim - 2)
+    elif padding == "same":
+        padding = tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    like_input = gradient.new_empty(1).expand(shape)
+    dimensions = [0] * (gradient.ndim - 2)
+    settings = (module.stride, padding, module.dilation, False, dimensions, module.groups, (True, False, False))
+    return _aten.convolution_backward(gradient, like_input, weight, None, *settings)[0]
+
+
+def _group_norm(module: Any, gradient: Tensor, x: Tensor, weight: Any, bias: Any, shape: torch.Size) -> Tensor:
+    x = x.contiguous()
+    batch, channels, pixels = shape[0], shape[1], x[0, 0].numel()
+    _, mean, scale = _aten.native_group_norm(x, None, None, batch, channels, pixels, module.num_groups, module.eps)
+    sizes = (batch, channels, pixels, module.num_groups)
+    return _aten.native_group_norm_backward(gradient.contiguous(), x, mean, scale, weight, *sizes, (True, False, False))[0]
+
+
+def _layer_norm(module: Any, gradient: Tensor, x: Tensor, weight: Any, bias: Any, shape: torch.Size) -> Tensor:
+    normalized = list(module.normalized_shape)
+    _, mean, scale = _aten.native_layer_norm(x, normalized, None, None, module.eps)
+    return _aten.native_layer_norm_backward(gradient, x, normalized, mean, scale, weight, bias, (True, False, False))[0]
+
+
+def _rms_norm(module: Any, gradient: Tensor, x: Tensor, weight: Any, bias: Any, shape: torch.Size) -> Tensor:
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        weight = None if weight is None else ordinary(weight)
+        y = nn.functional.rms_norm(x, module.normalized_shape, weight, module.eps)
+        return torch.autograd.grad(y, x, gradient.clone())[0]
+
+
+# Class -> its rule, and whether the rule needs the input. Other weighted operations take autograd's way.
+_RULES: tuple[tuple[type[nn.Module], Rule, bool], ...] = (
+    (nn.Conv1d, _convolution, False),
+    (nn.Conv2d, _convolution, False),
+    (nn.Conv3d, _convolution, False),
+    (nn.GroupNorm, _group_norm, True),
+    (nn.LayerNorm, _layer_norm, True),
+    (nn.RMSNorm, _rms_norm, True),
+)
+
+
+def _rule(module: nn.Module) -> tuple[Rule, bool] | None:
+    for cls, rule, keeps_input in _RULES:
+        if isinstance(module, cls):
+            return rule, keeps_input
+    # The host's quantised Linear is no torch.nn.Linear.
+    return (_linear, False) if isinstance(module, nn.Linear) or type(module).__name__ == "Linear" else None
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module, forward: Callable[[Tensor], Tensor], rule: Rule, kept: Any) -> Tensor:
+        ctx.module, ctx.rule, ctx.shape = module, rule, x.shape
+        if kept is not None:
+            ctx.save_for_backward(kept)
+        with torch.inference_mode():
+            y = forward(x.detach())
+        return ordinary(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        saved = ctx.saved_tensors
+        with torch.inference_mode(), host.cast_weights(ctx.module, gradient) as (weight, bias):
+            result = ctx.rule(ctx.module, gradient, saved[0] if saved else None, weight, bias, ctx.shape)
+        return ordinary(result) if result.is_inference() else result, None, None, None, None
+
+
+def _frozen_forward(module: nn.Module, rule: Rule, keeps_input: bool) -> Callable[..., Tensor]:
+    forward = module.forward
+    in_place_safe = isinstance(module, nn.GroupNorm)  # of convolutional networks, which do not add in place
+
+    def frozen(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            return forward(x, *args, **kwargs)
+        if torch.is_grad_enabled() and x.requires_grad:
+            kept = (x if in_place_safe else x.detach().clone()) if keeps_input else None
+            return _Frozen.apply(x, module, forward, rule, kept)  # type: ignore[no-any-return]
+        with torch.inference_mode():
+            y = forward(x.detach())
+        return ordinary(y)
+
+    return frozen
+
+
+@contextmanager
+def frozen_ops(network: nn.Module) -> Iterator[None]:
+    """Run the weighted operations of ``network`` without autograd ever seeing a weight.
+
+    An operation that another node replaced is left as it is. Outside inference mode, forwards with a gradient may run in
+    the block; afterwards every module is as it was.
+    """
+    replacements = []
+    for module in network.modules():
+        rule = _rule(module) if host.is_weighted_operation(module) and "forward" not in module.__dict__ else None
+        if rule is not None:
+            replacements.append((module, _frozen_forward(module, *rule)))
+    with host.swapped_forward(replacements), Differentiable():
+        yield

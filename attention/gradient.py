@@ -1,0 +1,384 @@
+"""One differentiable forward for the whole pack: how a loss on attention changes with the latent.
+
+The host prepares the model call as for any sampler (areas, ControlNet, hooks, casts) and the network runs where it would
+have run, but with a gradient, only as deep as the last layer that is looked at, and without saving a weight
+(``frozen_ops``). ControlNet's residuals are taken as given. Nothing of it outlives the call.
+
+Memory: everything between the latent and the last layer is kept (``fast``), or blocks are computed again when their
+gradient is due, one picture at a time (``low``); ``auto`` goes by the free memory, and further when that runs out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from . import host
+from .frozen_ops import Differentiable, frozen_ops
+from .host import ModelOptions, log
+from .probabilities import AttentionInputs, attention_inputs
+from .sites import CaptureLayer, checkpoint_blocks, network_layout
+
+# Half precision loses gradients below 6e-8: the loss is multiplied before the backward pass, and by less where that overflows.
+_HALF_PRECISION_SCALES = (2.0**16, 2.0**8, 1.0)
+
+# Kept activations of a differentiable pass, in units of what the host reckons for a forward of a network of 16 blocks:
+# 0.65 GiB against 0.16 on SD1.5 at 512 px; blocks that are computed again need a fifth of it.
+_KEPT_PER_FORWARD, _BLOCKS_PER_FORWARD, _COMPUTED_AGAIN = 4.0, 16, 0.2
+
+
+class Memory(Enum):
+    """How much a differentiable pass keeps."""
+
+    AUTO = "auto"
+    FAST = "fast"
+    LOW = "low"
+
+
+class _Level(IntEnum):
+    KEEP_ALL = 0
+    BLOCKS_AGAIN = 1
+    ONE_PICTURE_AT_A_TIME = 2
+
+
+@dataclass
+class AttentionCall:
+    """One attention call of a watched layer.
+
+    Attributes:
+        inputs: q and k (batch, heads, tokens, channels), mask and scale.
+        v: (batch, heads, keys, channels).
+    """
+
+    inputs: AttentionInputs
+    v: Tensor
+    compute: Callable[[], Tensor] = field(repr=False)
+    keeps_heads: bool = False
+
+    @cached_property
+    def returned(self) -> Tensor:
+        """The call's result in the form in which the network wants it."""
+        return self.compute()
+
+    @property
+    def output(self) -> Tensor:
+        """softmax(q k^T * scale + mask) v, before the output projection: (batch, heads, queries, channels)."""
+        return self.returned if self.keeps_heads else self.returned.unflatten(-1, (self.inputs.heads, -1)).transpose(1, 2)
+
+
+# Looks at one call; what it returns comes back in order of execution. May be called again for the same call when blocks
+# are computed again, so it must have no effect but its result.
+Measure = Callable[[CaptureLayer, AttentionCall], Any]
+Measurements = list[tuple[CaptureLayer, Any]]
+
+
+class Objective(Protocol):
+    """A loss on the attention of some layers."""
+
+    def measure(self, layer: CaptureLayer, call: AttentionCall, rows: Tensor) -> Any:
+        """What the loss needs of one call; ``rows`` are the pictures of the batch that this pass is about."""
+
+    def loss(self, measurements: Measurements, rows: Tensor) -> Tensor:
+        """(len(rows),), float32: each picture's own loss."""
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """loss: (rows,). latent: d loss / d x, (rows, channels, ..., height, width), in the units of the sampler's latent."""
+
+    loss: Tensor
+    latent: Tensor
+
+
+class _LastLayerSeen(Exception):
+    """Ends a forward that has shown all that was asked for."""
+
+
+class _Watch:
+    """Knows which layer is running in one forward, and passes its attention calls to ``measure``."""
+
+    def __init__(self, layers: Sequence[CaptureLayer], measure: Measure) -> None:
+        self.layers = layers
+        self.measure = measure
+        self.running: list[tuple[CaptureLayer, list[None]]] = []
+        self.found: Measurements | None = []
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        modules: dict[torch.nn.Module, CaptureLayer] = {layer.module: layer for layer in self.layers}
+        with host.swapped_forward([(module, self._marked(module.forward, layer)) for module, layer in modules.items()]):
+            yield
+
+    def _marked(self, forward: Callable[..., Any], layer: CaptureLayer) -> Callable[..., Any]:
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            self.running.append((layer, []))
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.running.pop()
+
+        return marked
+
+    def attention(
+        self,
+        host_function: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        attn_precision: Any = None,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Takes the place of every attention call: torch's own kernels, which have a gradient."""
+
+        def compute() -> Tensor:
+            forms = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape, "_inside_attn_wrapper": True}
+            return attention_pytorch(q, k, v, heads, mask, attn_precision, **{**kwargs, **forms})  # type: ignore[no-any-return]
+
+        if not self.running:
+            return compute()
+        layer, calls = self.running[-1]
+        calls.append(None)
+        if len(calls) <= layer.skip:
+            return compute()
+        inputs = attention_inputs(q, k, heads, mask=mask, skip_reshape=skip_reshape, scale=kwargs.get("scale"))
+        values = attention_inputs(q, v, heads, skip_reshape=skip_reshape).k
+        call = AttentionCall(inputs, values, compute, skip_output_reshape)
+        result = self.measure(layer, call)
+        if self.found is not None:
+            self.found.append((layer, result))
+            if layer is self.layers[-1]:
+                raise _LastLayerSeen
+        return call.returned
+
+    def close(self) -> Measurements:
+        """Ends the forward; calls that are seen after this belong to blocks that are computed again."""
+        found, self.found = self.found or [], None
+        return found
+
+
+class ModelPass:
+    """Forwards of one model that look at some of its layers, for one sampling run.
+
+    Args:
+        base_model: the host's model that is being sampled.
+        options: the sampler's model options.
+        layers: in the network's order; nothing behind the last one is computed.
+        keeps_patches: whether other nodes' block patches act in these passes.
+    """
+
+    def __init__(
+        self,
+        base_model: Any,
+        options: ModelOptions,
+        layers: Sequence[CaptureLayer],
+        memory: Memory = Memory.AUTO,
+        *,
+        keeps_patches: bool = True,
+    ) -> None:
+        self.base_model = base_model
+        self.network = host.diffusion_model(base_model)
+        self.layout = network_layout(self.network)
+        self.options = host.private_options(options, keeps_patches=keeps_patches)
+        self.layers = list(layers)
+        self.memory = memory
+        self.level: _Level | None = None
+
+    def look(self, cond: dict[str, Any], x: Tensor, sigma: Tensor, measure: Measure) -> Measurements:
+        """One forward without a gradient. Empty where the cond is not active at this sigma."""
+        found: Measurements = []
+
+        def body(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            watch = _Watch(self.layers, measure)
+            with self._watched(watch, host.apply_model_options([x, *args])) as options:
+                _forward(executor, host.with_apply_model_options([x, *args], options), kwargs)
+            found.extend(watch.close())
+            return torch.zeros_like(x)
+
+        host.call_with_cond(self.base_model, cond, x, sigma, self.options, body)
+        return found
+
+    def gradient(
+        self, cond: dict[str, Any], x: Tensor, sigma: Tensor, objective: Objective, rows: Tensor | None = None
+    ) -> Gradient | None:
+        """The loss of each picture and its gradient with respect to ``x``; None where the cond is not active at this sigma.
+
+        Args:
+            x: (batch, channels, ..., height, width), the sampler's latent; sigma: (batch,).
+            rows: indices of the pictures that matter; the others are not computed.
+
+        Raises:
+            RuntimeError: none of the layers was seen.
+        """
+        rows = torch.arange(len(x), device=x.device) if rows is None else rows
+        if self.level is None:
+            self.level = self._first_level(x)
+        while True:
+            try:
+                return self._gradient(cond, x, sigma, objective, rows)
+            except Exception as error:
+                if self.memory is not Memory.AUTO or not host.is_out_of_memory(error) or self.level == _Level(max(_Level)):
+                    raise
+            self.level = _Level(self.level + 1)
+            log.info("Out of memory in a gradient pass: trying again with less (memory 'low' does so from the start).")
+            host.empty_cache()
+
+    def _gradient(
+        self, cond: dict[str, Any], x: Tensor, sigma: Tensor, objective: Objective, rows: Tensor
+    ) -> Gradient | None:
+        parts = rows.split(1) if self.level == _Level.ONE_PICTURE_AT_A_TIME else [rows]
+        found: list[Gradient] = []
+
+        def body(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+            batch = len(args[0])
+            with ExitStack() as stack:
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.enable_grad())
+                stack.enter_context(host.differentiable_kernels())
+                stack.enter_context(frozen_ops(self.network))
+                for part in parts:
+                    mine, others = [_rows(value, part, batch) for value in args[:-1]], _rows(kwargs, part, batch)
+                    mine.append(host.apply_model_options(args))
+                    found.append(self._differentiate(executor, mine, others, objective, part))
+            return torch.zeros_like(args[0])
+
+        host.call_with_cond(self.base_model, cond, x, sigma, self.options, body)
+        if not found:
+            return None
+        latent = torch.zeros_like(x[rows], dtype=_at_least_float32(x))
+        host.cond_region(cond, latent).copy_(torch.cat([gradient.latent for gradient in found]))
+        return Gradient(torch.cat([gradient.loss for gradient in found]), latent)
+
+    def _differentiate(
+        self, executor: Any, args: list[Any], kwargs: dict[str, Any], objective: Objective, rows: Tensor
+    ) -> Gradient:
+        leaf = args[0].to(_at_least_float32(args[0]), copy=True).requires_grad_()
+        watch = _Watch(self.layers, lambda layer, call: objective.measure(layer, call, rows))
+        with ExitStack() as stack:
+            options = stack.enter_context(self._watched(watch, host.apply_model_options(args)))
+            if self.level != _Level.KEEP_ALL:
+                stack.enter_context(self._computed_again(watch))
+            _forward(executor, host.with_apply_model_options([leaf, *args[1:]], options), kwargs)
+            measurements = watch.close()
+            if not measurements:
+                raise RuntimeError(
+                    "None of the layers to guide was seen: another node replaces this model's attention. "
+                    "Take it out, or choose other layers."
+                )
+            loss = objective.loss(measurements, rows)
+            del measurements
+            return Gradient(loss.detach(), self._backward(loss, leaf))
+
+    def _backward(self, loss: Tensor, leaf: Tensor) -> Tensor:
+        half = host.compute_dtype(self.base_model) == torch.float16
+        scales = _HALF_PRECISION_SCALES if half else (1.0,)
+        gradient = leaf.detach()
+        for scale in scales:
+            last = scale == scales[-1]
+            gradient = torch.autograd.grad(loss.sum() * scale, leaf, retain_graph=not last)[0] / scale
+            if last or bool(gradient.isfinite().all()):
+                break
+        return gradient
+
+    @contextmanager
+    def _watched(self, watch: _Watch, options: host.TransformerOptions) -> Iterator[host.TransformerOptions]:
+        """Options for a forward whose attention ``watch`` sees, for as long as its blocks may run."""
+        watched = host.with_attention(options, watch.attention)
+        swapped = self.layout.drops_options if self.layout is not None else ()
+        with watch.installed(), host.options_for_attention(swapped, watched):
+            yield watched
+
+    # Memory
+
+    def _first_level(self, x: Tensor) -> _Level:
+        if self.memory is not Memory.AUTO:
+            return _Level.KEEP_ALL if self.memory is Memory.FAST else _Level.ONE_PICTURE_AT_A_TIME
+        blocks = len(checkpoint_blocks(self.network))
+        needed = host.forward_memory(self.base_model, x) * _KEPT_PER_FORWARD * blocks / _BLOCKS_PER_FORWARD
+        spare = host.spare_memory(x.device)
+        if needed < spare:
+            return _Level.KEEP_ALL
+        return _Level.BLOCKS_AGAIN if needed * _COMPUTED_AGAIN < spare else _Level.ONE_PICTURE_AT_A_TIME
+
+    @contextmanager
+    def _computed_again(self, watch: _Watch) -> Iterator[None]:
+        """Blocks keep their inputs only, and run once more in the backward pass."""
+
+        def block_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def checkpointed(*args: Any, **kwargs: Any) -> Any:
+                failures: list[BaseException] = []
+
+                def run(*args: Any, **kwargs: Any) -> Any:
+                    try:
+                        with Differentiable():  # the backward pass of a GPU runs in a thread of its own
+                            return forward(*_fresh(args), **_fresh(kwargs))
+                    except BaseException as error:
+                        if watch.found is None:
+                            raise
+                        failures.append(error)  # raised in here it would leave torch's hooks behind until it is forgotten
+                        return None
+
+                kept = [_own_options(value) for value in (args, kwargs)]
+                result = checkpoint(run, *kept[0], use_reentrant=False, preserve_rng_state=False, **kept[1])
+                if failures:
+                    raise failures[0]
+                return result
+
+            return checkpointed
+
+        blocks = checkpoint_blocks(self.network)
+        with host.swapped_forward([(block, block_forward(block.forward)) for block in blocks]):
+            yield
+
+
+def _forward(executor: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    try:
+        executor(*args, **kwargs)
+    except _LastLayerSeen:
+        pass
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _own_options(value: Any) -> Any:
+    """The same arguments with copies of their dictionaries."""
+    if isinstance(value, dict):
+        return {key: _own_options(item) for key, item in value.items()}
+    return tuple(_own_options(item) for item in value) if type(value) is tuple else value
+
+
+def _fresh(value: Any) -> Any:
+    """The same arguments, not to be changed by what is done with these: dictionaries and floating tensors are copies.
+
+    Networks write their progress into the options, and some add to their tokens in place.
+    """
+    if isinstance(value, dict):
+        return {key: item if callable(item) else _fresh(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_fresh(item) for item in value)
+    return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _rows(value: Any, rows: Tensor, batch: int) -> Any:
+    """Some pictures of everything in a model call that has one row per picture."""
+    if isinstance(value, Tensor):
+        return value[rows.to(value.device)] if value.ndim and value.shape[0] == batch and len(rows) < batch else value
+    if isinstance(value, dict):
+        return {key: _rows(item, rows, batch) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_rows(item, rows, batch) for item in value)
+    return value
