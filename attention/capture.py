@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 from uuid import uuid4
@@ -27,13 +26,13 @@ from . import host
 from .host import ModelOptions, TransformerOptions, log
 from .layer_names import parse_layers
 from .maps import AttnMaps, Grid
+from .placement import CallContext, Placement, joint_placement
 from .probabilities import AttentionInputs, attention_inputs, row_probabilities
 from .recorder import CaptureRun, CaptureSettings, Track, pooled_mass, pooled_queries, self_grid
 from .run import StepClock
 from .sites import (
     LEFT_PADDED_MODELS,
     CaptureLayer,
-    JointCall,
     capture_layers,
     network_layout,
     token_grid,
@@ -57,17 +56,6 @@ def chosen_layers(network: torch.nn.Module, text: str) -> list[CaptureLayer]:
 
 
 # --- one model call -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a call's tokens are: image queries on a grid, text keys, image keys."""
-
-    grid: Grid
-    rows: slice
-    text: slice | None
-    image: slice | None
-    again: slice | None = None
 
 
 class ModelCall:
@@ -228,7 +216,10 @@ class ModelCall:
             return None
         image = math.prod(grid)
         if layer.kind == "joint":
-            return self._place_joint(layer, inputs, grid, image)
+            place = self._place_joint(inputs, grid)
+            if place is None:
+                self._note_unplaced(layer)
+            return place
         leading = any(self.arguments.get(name) is not None for name in (self.layout.leading if self.layout else ()))
         start = inputs.queries - image if leading else 0
         rows = slice(start, start + image)
@@ -243,16 +234,9 @@ class ModelCall:
             return None
         return Placement(grid, rows, slice(0, inputs.keys), None)
 
-    def _place_joint(self, layer: CaptureLayer, inputs: AttentionInputs, grid: Grid, image: int) -> Placement | None:
-        assert self.layout is not None and self.layout.order is not None
-        if inputs.keys == image:  # SD3.5 medium: a second attention of the picture alone
-            return Placement(grid, slice(0, image), None, slice(0, image))
-        spans = self.layout.order(JointCall(inputs.keys, image, self.text, self.network, self.arguments))
-        if spans is None or max(spans.text.stop, spans.image.stop) > inputs.keys or self.text == 0:
-            self._note_unplaced(layer)
-            return None
-        rows = spans.image if inputs.queries == inputs.keys else slice(0, image)
-        return Placement(grid, rows, spans.text, spans.image, spans.again)
+    def _place_joint(self, inputs: AttentionInputs, grid: Grid) -> Placement | None:
+        context = CallContext(self.network, self.layout, self.latent, self.text, self.arguments)
+        return joint_placement(context, inputs.keys, inputs.queries, grid)
 
     def _grid(
         self, layer: CaptureLayer, inputs: AttentionInputs, shape: tuple[int, ...], options: TransformerOptions

@@ -10,7 +10,7 @@ gradient is due, one picture at a time (``low``); ``auto`` goes by the free memo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from . import host
 from .frozen_ops import Differentiable, frozen_ops
 from .host import ModelOptions, log
+from .placement import CallContext
 from .probabilities import AttentionInputs, attention_inputs
 from .sites import CaptureLayer, checkpoint_blocks, network_layout
 
@@ -57,12 +58,16 @@ class AttentionCall:
     Attributes:
         inputs: q and k (batch, heads, tokens, channels), mask and scale.
         v: (batch, heads, keys, channels).
+        context: the model call it belongs to.
+        index: its place among the layer's calls in one forward.
     """
 
     inputs: AttentionInputs
     v: Tensor
+    context: CallContext
     compute: Callable[[], Tensor] = field(repr=False)
     keeps_heads: bool = False
+    index: int = 0
 
     @cached_property
     def returned(self) -> Tensor:
@@ -106,8 +111,9 @@ class _LastLayerSeen(Exception):
 class _Watch:
     """Knows which layer is running in one forward, and passes its attention calls to ``measure``."""
 
-    def __init__(self, layers: Sequence[CaptureLayer], measure: Measure) -> None:
+    def __init__(self, layers: Sequence[CaptureLayer], measure: Measure, context: CallContext) -> None:
         self.layers = layers
+        self.context = context
         self.measure = measure
         self.running: list[tuple[CaptureLayer, list[None]]] = []
         self.found: Measurements | None = []
@@ -155,7 +161,7 @@ class _Watch:
             return compute()
         inputs = attention_inputs(q, k, heads, mask=mask, skip_reshape=skip_reshape, scale=kwargs.get("scale"))
         values = attention_inputs(q, v, heads, skip_reshape=skip_reshape).k
-        call = AttentionCall(inputs, values, compute, skip_output_reshape)
+        call = AttentionCall(inputs, values, self.context, compute, skip_output_reshape, len(calls) - 1 - layer.skip)
         result = self.measure(layer, call)
         if self.found is not None:
             self.found.append((layer, result))
@@ -201,7 +207,7 @@ class ModelPass:
         found: Measurements = []
 
         def body(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            watch = _Watch(self.layers, measure)
+            watch = _Watch(self.layers, measure, self._context([x, *args], kwargs))
             with self._watched(watch, host.apply_model_options([x, *args])) as options:
                 _forward(executor, host.with_apply_model_options([x, *args], options), kwargs)
             found.extend(watch.close())
@@ -223,11 +229,9 @@ class ModelPass:
             RuntimeError: none of the layers was seen.
         """
         rows = torch.arange(len(x), device=x.device) if rows is None else rows
-        if self.level is None:
-            self.level = self._first_level(x)
         while True:
             try:
-                return self._gradient(cond, x, sigma, objective, rows)
+                return self._gradient(cond, x, sigma, objective, self.parts(x, rows))
             except Exception as error:
                 if self.memory is not Memory.AUTO or not host.is_out_of_memory(error) or self.level == _Level(max(_Level)):
                     raise
@@ -235,10 +239,15 @@ class ModelPass:
             log.info("Out of memory in a gradient pass: trying again with less (memory 'low' does so from the start).")
             host.empty_cache()
 
+    def parts(self, x: Tensor, rows: Tensor) -> list[Tensor]:
+        """The pictures of a gradient pass as they are computed: together, or one at a time to save memory."""
+        if self.level is None:
+            self.level = self._first_level(x)
+        return list(rows.split(1)) if self.level == _Level.ONE_PICTURE_AT_A_TIME else [rows]
+
     def _gradient(
-        self, cond: dict[str, Any], x: Tensor, sigma: Tensor, objective: Objective, rows: Tensor
+        self, cond: dict[str, Any], x: Tensor, sigma: Tensor, objective: Objective, parts: list[Tensor]
     ) -> Gradient | None:
-        parts = rows.split(1) if self.level == _Level.ONE_PICTURE_AT_A_TIME else [rows]
         found: list[Gradient] = []
 
         def body(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -257,7 +266,7 @@ class ModelPass:
         host.call_with_cond(self.base_model, cond, x, sigma, self.options, body)
         if not found:
             return None
-        latent = torch.zeros_like(x[rows], dtype=_at_least_float32(x))
+        latent = torch.zeros_like(x[torch.cat(parts)], dtype=_at_least_float32(x))
         host.cond_region(cond, latent).copy_(torch.cat([gradient.latent for gradient in found]))
         return Gradient(torch.cat([gradient.loss for gradient in found]), latent)
 
@@ -265,7 +274,8 @@ class ModelPass:
         self, executor: Any, args: list[Any], kwargs: dict[str, Any], objective: Objective, rows: Tensor
     ) -> Gradient:
         leaf = args[0].to(_at_least_float32(args[0]), copy=True).requires_grad_()
-        watch = _Watch(self.layers, lambda layer, call: objective.measure(layer, call, rows))
+        context = self._context(args, kwargs)
+        watch = _Watch(self.layers, lambda layer, call: objective.measure(layer, call, rows), context)
         with ExitStack() as stack:
             options = stack.enter_context(self._watched(watch, host.apply_model_options(args)))
             if self.level != _Level.KEEP_ALL:
@@ -291,6 +301,11 @@ class ModelPass:
             if last or bool(gradient.isfinite().all()):
                 break
         return gradient
+
+    def _context(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallContext:
+        text = host.apply_model_text(args, kwargs, self.layout.text if self.layout else "c_crossattn")
+        rows = 0 if text is None else text.shape[1]
+        return CallContext(self.network, self.layout, host.latent_shape(args, kwargs), rows, kwargs)
 
     @contextmanager
     def _watched(self, watch: _Watch, options: host.TransformerOptions) -> Iterator[host.TransformerOptions]:

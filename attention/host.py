@@ -18,6 +18,7 @@ import comfy.model_management
 import comfy.ops
 import comfy.patcher_extension
 import comfy.samplers
+import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
@@ -280,6 +281,21 @@ def differentiable_kernels() -> Iterator[None]:
     finally:
         if before is not None:
             comfy.model_management.in_training = before
+
+
+def check_interrupted() -> None:
+    """Ends the run where the user cancelled it."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+class Progress:
+    """The progress bar of the running node, for what happens inside one of its steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.bar = comfy.utils.ProgressBar(steps)
+
+    def show(self, step: float) -> None:
+        self.bar.update_absolute(step)
 
 
 def compute_dtype(base_model: Any) -> torch.dtype:

@@ -358,7 +358,7 @@ def _block_layers(name: str, block: torch.nn.Module) -> list[CaptureLayer]:
         return []
     layers = []
     for names, usual in ((layout.self_attention, "self"), (layout.cross_attention, "cross")):
-        module = getattr(block, names[0], None)
+        module = getattr(block, names[0], None) if names else None
         if module is not None:
             kind = _actual_kind(block, names[0], cast(Kind, usual))
             layers.append(CaptureLayer(name, kind, module, skip=int(hasattr(module, "k_img"))))
@@ -435,6 +435,28 @@ def token_grid(network: torch.nn.Module, layout: NetworkLayout | None, latent: S
         length = getattr(network, "patch_temporal", None) or getattr(network, "patch_size_t", None) or 1
         return _patched(frames, height, width, (length, patch, patch))
     return _patched(frames, height, width, (1, 1, *patch)[-3:])
+
+
+def layer_grid(network: torch.nn.Module, layout: NetworkLayout | None, name: str, latent: Sequence[int]) -> Grid | None:
+    """The grid of image tokens in one named layer, known before it runs; None for networks where it is not."""
+    if layout is None:
+        return None
+    if layout.family == "U-Net":
+        block = "middle" if name.startswith("middle") else ".".join(name.split(".")[:2])
+        size = _unet_sizes(network, latent[-2], latent[-1]).get(block)
+        return None if size is None else (1, *size)
+    return token_grid(network, layout, latent, 0) if layout.patch is not None else None
+
+
+def _unet_sizes(network: torch.nn.Module, height: int, width: int) -> dict[str, tuple[int, int]]:
+    """Height and width in each block of a U-Net; every level halves the one before, rounding up."""
+    sizes: list[tuple[int, int]] = []
+    for block in cast(Iterable[torch.nn.Module], network.input_blocks):
+        if any(type(module).__name__ == "Downsample" for module in block.modules()):
+            height, width = math.ceil(height / 2), math.ceil(width / 2)
+        sizes.append((height, width))
+    named = {f"input.{index}": size for index, size in enumerate(sizes)}
+    return {**named, "middle": sizes[-1], **{f"output.{index}": size for index, size in enumerate(reversed(sizes))}}
 
 
 def _patched(frames: Sequence[int], height: int, width: int, patch: Sequence[int]) -> Grid:

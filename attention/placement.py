@@ -1,0 +1,71 @@
+"""Where text and image tokens stand in one attention call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .sites import CaptureLayer, Grid, JointCall, NetworkLayout, layer_grid
+
+if TYPE_CHECKING:
+    from .gradient import AttentionCall
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Image queries on a grid, text keys, image keys; ``again`` is a second copy of the last text tokens."""
+
+    grid: Grid
+    rows: slice
+    text: slice | None
+    image: slice | None
+    again: slice | None = None
+
+
+@dataclass(frozen=True)
+class CallContext:
+    """The model call that an attention call belongs to.
+
+    Attributes:
+        latent: (batch, channels, [frames,] height, width).
+        text: rows of the text, as the network gets it.
+        arguments: the other conditioning.
+    """
+
+    network: torch.nn.Module
+    layout: NetworkLayout | None
+    latent: tuple[int, ...]
+    text: int
+    arguments: Mapping[str, Any]
+
+
+def joint_placement(context: CallContext, keys: int, queries: int, grid: Grid) -> Placement | None:
+    """In an attention of text and image together; None where the tokens cannot be told apart."""
+    assert context.layout is not None and context.layout.order is not None
+    image = math.prod(grid)
+    if keys == image:  # SD3.5 medium: a second attention of the picture alone
+        return Placement(grid, slice(0, image), None, slice(0, image))
+    spans = context.layout.order(JointCall(keys, image, context.text, context.network, context.arguments))
+    if spans is None or max(spans.text.stop, spans.image.stop) > keys or context.text == 0:
+        return None
+    return Placement(grid, spans.image if queries == keys else slice(0, image), spans.text, spans.image, spans.again)
+
+
+def text_placement(layer: CaptureLayer, call: AttentionCall) -> Placement | None:
+    """In a call of a layer that the table knows; None where its tokens cannot be told apart."""
+    context = call.context
+    grid = layer_grid(context.network, context.layout, layer.name, context.latent)
+    if grid is None or call.inputs.queries < math.prod(grid):
+        return None
+    if layer.kind == "joint":
+        return joint_placement(context, call.inputs.keys, call.inputs.queries, grid)
+    leading = context.layout.leading if context.layout is not None else ()
+    start = call.inputs.queries - math.prod(grid) if any(context.arguments.get(name) is not None for name in leading) else 0
+    rows = slice(start, start + math.prod(grid))
+    if layer.kind == "self":
+        return Placement(grid, rows, None, rows)
+    return Placement(grid, rows, slice(0, call.inputs.keys), None)
