@@ -15,8 +15,11 @@ from typing import Any
 from uuid import UUID
 
 import comfy.model_management
+import comfy.model_sampling
 import comfy.ops
 import comfy.patcher_extension
+import comfy.sample
+import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import torch
@@ -236,6 +239,150 @@ def cond_region(cond: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
 def input_scale(base_model: Any, sigma: torch.Tensor) -> torch.Tensor:
     """z = x * scale, (batch, 1, ...): the model's own input, which is variance preserving for eps and v; 1 for flow models."""
     return base_model.model_sampling.calculate_input(sigma, torch.ones_like(sigma))
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------------
+
+# What a prompt may carry that makes it act somewhere, sometime or through another network only.
+_LIMITS_OF_A_PROMPT = (
+    "area", "strength", "mask", "mask_strength", "set_area_to_bounds", "start_percent", "end_percent", "timestep_start",
+    "timestep_end", "control", "control_apply_to_uncond", "gligen", "hooks", "default",
+)  # fmt: skip
+
+
+def sample(
+    guider: Any, noise: Any, sampler: Any, sigmas: torch.Tensor, latent: Mapping[str, Any], on_step: Callable[..., None]
+) -> torch.Tensor:
+    """What SamplerCustomAdvanced does, with ``on_step(step, denoised, x, steps)`` in place of its progress bar."""
+    samples = guider.sample(
+        noise.generate_noise(latent), latent["samples"], sampler, sigmas, denoise_mask=latent.get("noise_mask"),
+        callback=on_step, disable_pbar=True, seed=noise.seed,
+    )  # fmt: skip
+    return samples.to(comfy.model_management.intermediate_device())
+
+
+def sample_plainly(
+    guider: Any, noise: Any, sampler: Any, sigmas: torch.Tensor, latent: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The host's SamplerCustomAdvanced: its two latents."""
+    from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
+
+    output, denoised = SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent).args
+    return output, denoised
+
+
+def fitting_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> dict[str, Any]:
+    """An empty latent gets the model's channels, a picture for a video model its frame dimension."""
+    sizes = [latent[name] for name in ("downscale_ratio_spacial", "downscale_ratio_temporal") if name in latent]
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *sizes)
+    kept = {name: value for name, value in latent.items() if not name.startswith("downscale_ratio")}
+    return {**kept, "samples": samples}
+
+
+def latent_channels(model: ModelPatcher) -> tuple[int, int]:
+    """Channels of the model's latents, and their dimensions: 2 for pictures, 3 for video, 1 for sound."""
+    latent_format = model.get_model_object("latent_format")
+    return latent_format.latent_channels, latent_format.latent_dimensions
+
+
+def preview_callback(model: ModelPatcher, steps: int) -> Callable[..., None]:
+    """The sampler's progress bar with its live preview: ``callback(step, denoised, x, steps)``."""
+    import latent_preview
+
+    return latent_preview.prepare_callback(model, steps)  # type: ignore[no-any-return]
+
+
+def shows_console_progress() -> bool:
+    """Whether samplers draw a bar in the console."""
+    return bool(comfy.utils.PROGRESS_BAR_ENABLED)
+
+
+def own_sampler(function: Callable[..., torch.Tensor], like: Any = None) -> Any:
+    """A SAMPLER whose loop is ``function(model, x, sigmas, extra_args, callback, disable, **options)``.
+
+    Args:
+        like: another SAMPLER whose options it takes over.
+    """
+    options = ({}, {}) if like is None else (like.extra_options, like.inpaint_options)
+    return comfy.samplers.KSAMPLER(function, *options)
+
+
+def is_k_sampler(sampler: Any) -> bool:
+    """Whether a SAMPLER is one of the usual loops over sigmas."""
+    return isinstance(sampler, comfy.samplers.KSAMPLER)
+
+
+def denoise_mask(model: Any, call: Mapping[str, Any], sigma: torch.Tensor) -> torch.Tensor | None:
+    """The part of the latent that a sampler may change at ``sigma`` (batch,); None: everything.
+
+    Args:
+        model: what a sampler's function is given; ``call`` its ``extra_args``.
+    """
+    mask = call.get("denoise_mask")
+    function = call["model_options"].get("denoise_mask_function")
+    if mask is None or function is None:
+        return mask
+    return function(sigma, mask, extra_options={"model": model.inner_model, "sigmas": model.sigmas})  # type: ignore[no-any-return]
+
+
+def is_flow(base_model: Any) -> bool:
+    """Whether latents are mixed as (1 - sigma) * picture + sigma * noise, so that sigma 0 is a time the model knows."""
+    return isinstance(base_model.model_sampling, comfy.model_sampling.CONST)
+
+
+def smallest_sigma(base_model: Any) -> float:
+    return float(base_model.model_sampling.sigma_min)
+
+
+def noised(base_model: Any, latent: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
+    """A clean latent as the sampler would have it at ``sigma``."""
+    level = latent.new_full((len(latent),), sigma, dtype=torch.float32)
+    return base_model.model_sampling.noise_scaling(level, noise, latent)  # type: ignore[no-any-return]
+
+
+def prompt_everywhere(conditioning: Sequence[Any], **defaults: Any) -> dict[str, Any]:
+    """The first prompt of a CONDITIONING, for the whole picture and the whole run, without ControlNet.
+
+    Args:
+        defaults: what it carries where it does not say otherwise itself.
+    """
+    cond = comfy.sampler_helpers.convert_cond(conditioning[:1])[0]
+    return {**defaults, **{name: value for name, value in cond.items() if name not in _LIMITS_OF_A_PROMPT}}
+
+
+def processed_cond(
+    base_model: Any, cond: dict[str, Any], like: torch.Tensor, seed: int | None, latent_image: torch.Tensor, mask: Any = None
+) -> dict[str, Any]:
+    """A prompt as model calls on latents of the size of ``like`` need it."""
+    conds = {"negative": [cond]}
+    shapes = [tuple(like.shape)]
+    done = comfy.samplers.process_conds(base_model, like, conds, like.device, latent_image, mask, seed, latent_shapes=shapes)
+    return done["negative"][0]  # type: ignore[no-any-return]
+
+
+def cond_values(cond: Mapping[str, Any]) -> dict[str, Any]:
+    """What the network is given of a processed prompt: tensors, lists of them, and plain values."""
+    return {name: value.cond for name, value in sorted(cond["model_conds"].items())}
+
+
+def weights_key(guider: Any) -> tuple[Any, ...] | None:
+    """Changes whenever the model computes something else; None where that cannot be known."""
+    model = guider.model_patcher
+    others = [name for name in model.object_patches if name != "model_sampling"]
+    return None if others or any(model.injections.values()) else (model.patches_uuid,)
+
+
+def schedule_key(base_model: Any, sigma: float) -> tuple[float, float]:
+    """How the model reads a sigma: the time it is told, and the scale of its input."""
+    level = torch.tensor([sigma])
+    sampling = base_model.model_sampling
+    on_device = level.to(sampling.sigma_max.device) if isinstance(sampling.sigma_max, torch.Tensor) else level
+    return float(sampling.timestep(on_device)), float(input_scale(base_model, level))
+
+
+def free_system_memory() -> float:
+    """Bytes of RAM that nobody uses."""
+    return float(comfy.model_management.get_free_memory(torch.device("cpu")))
 
 
 # --- weights ------------------------------------------------------------------------------------------------------------

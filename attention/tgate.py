@@ -97,6 +97,12 @@ class TGateSettings:
         return max(round(self.gate_at * steps), 1)
 
 
+def reuses_attention(network: torch.nn.Module, settings: TGateSettings) -> bool:
+    """Whether any attention of this network would be reused: cross-attention, or self-attention in intervals."""
+    kinds = {site.kind for site in attention_sites(network)}
+    return "cross" in kinds or ("self" in kinds and max(settings.sp_interval, settings.fi_interval) > 1)
+
+
 class Action(Enum):
     COMPUTE = "compute"
     STORE = "compute and store"
@@ -375,14 +381,16 @@ class TGate:
     ) -> list[torch.Tensor]:
         sites = run.sites(model)
         may_drop = self._may_drop(run, conds, options)
-        pair = _only_pair(conds) if may_drop else None
-        if any(site.kind == "cross" for site in sites):
+        text_is_reused = any(site.kind == "cross" for site in sites)
+        pair = _only_pair(conds) if may_drop and text_is_reused else None
+        if not text_is_reused:
+            run.note(_why_no_text_cache(model, sites, run.settings))
+        if sites:
             # A sampler may jump over the step that stores (dpm_fast): then the first evaluation beyond it stores.
             opened = run.step >= run.gate and run.stored_means is (pair is not None)
             step = run.step if opened else min(run.step, run.gate - 1)
             step_plan = plan(step, run.gate, run.settings)
         else:
-            run.note(_why_no_cache(model))
             opened = run.step >= run.gate
             step_plan = StepPlan(Action.COMPUTE, Action.COMPUTE)
         if step_plan.cross_attention is Action.STORE:
@@ -396,7 +404,7 @@ class TGate:
                 outputs = evaluate(conds)
             else:
                 # Guidance between equal predictions is the identity, for any scale and for every node that works on both.
-                kept = self._kept_prompt(run, pair)
+                kept = self._kept_prompt(run, pair, text_is_reused)
                 only = evaluate([cond if index == kept else None for index, cond in enumerate(conds)])
                 outputs = [only[kept], only[kept]]
                 run.dropped.add(run.step)
@@ -424,11 +432,14 @@ class TGate:
                 return True
         return False
 
-    def _kept_prompt(self, run: TGateRun, pair: tuple[UUID, UUID] | None) -> int:
+    def _kept_prompt(self, run: TGateRun, pair: tuple[UUID, UUID] | None, text_is_reused: bool) -> int:
         if run.settings.cfg_after_gate is not CfgAfterGate.DROP_KEEP_NEGATIVE:
             return POSITIVE
         if pair is None:  # without the mean in the cache nothing of the positive prompts would be left
-            run.note("several prompts act together, so the positive ones are kept instead of the negative")
+            several = "several prompts act together, so the positive ones are kept instead of the negative"
+            run.note(
+                several if text_is_reused else "the positive prompt is kept instead of the negative: no cache holds any of it"
+            )
             return POSITIVE
         return NEGATIVE
 
@@ -502,10 +513,12 @@ class TGate:
                 run.note("little memory is free, so the cache is kept in system memory")
 
 
-def _why_no_cache(model: Any) -> str:
+def _why_no_text_cache(model: Any, sites: list[AttentionSite], settings: TGateSettings) -> str:
     if host.is_compiled(model):
         return "the model is compiled, so only the negative prompt is dropped"
-    return f"{type(model).__name__} has no separate cross-attention, so only the negative prompt is dropped"
+    text = f"{type(model).__name__} has no separate cross-attention, so only "
+    text += "self-attention is reused and the negative prompt dropped" if sites else "the negative prompt is dropped"
+    return text + (", and auto mode opens the gate at gate_at" if settings.mode is Mode.AUTO else "")
 
 
 def _only_pair(conds: list[Any]) -> tuple[UUID, UUID] | None:

@@ -3,7 +3,20 @@
 from .attn_capture import AttnMapCapture
 from .attn_files import FoveaLoadAttnMaps, FoveaSaveAttnMaps
 from .attn_preview import AttnMapPreview
+from .dit import DiTClassLabel, DiTLoader, DiTSampler
+from .excite import AttendExciteGuider
 from .prompt import FoveaPrompt
 from .tgate import TGateCache
 
-NODES = [FoveaPrompt, TGateCache, AttnMapCapture, AttnMapPreview, FoveaSaveAttnMaps, FoveaLoadAttnMaps]
+NODES = [
+    FoveaPrompt,
+    TGateCache,
+    AttnMapCapture,
+    AttnMapPreview,
+    FoveaSaveAttnMaps,
+    FoveaLoadAttnMaps,
+    DiTLoader,
+    DiTClassLabel,
+    DiTSampler,
+    AttendExciteGuider,
+]

@@ -83,6 +83,12 @@ class AttnMapCapture(io.ComfyNode):
         max_memory_mb: int = 512,
     ) -> io.NodeOutput:
         settings = CaptureSettings(layers, per_step, per_head, self_attention, max_memory_mb)
-        chosen_layers(host.diffusion_model(model.model), layers)  # a wrong name is better said now than after sampling
+        # A wrong name, or nothing to be seen, is better said now than after sampling.
+        chosen = chosen_layers(host.diffusion_model(model.model), layers)
+        if chosen and not self_attention and all(layer.kind == "self" for layer in chosen):
+            raise ValueError(
+                f"self_attention is off, but {type(model.model).__name__} has no text whose words could be seen. "
+                "Switch self_attention on."
+            )
         capture = Capture(settings, AttnMaps())
         return io.NodeOutput(host.attach(model, capture.key, capture), capture.maps)

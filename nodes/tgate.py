@@ -5,7 +5,6 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..attention import host, tgate
-from ..attention.sites import has_cross_attention
 from ..attention.tgate import CacheDevice, CfgAfterGate, Mode, TGateSettings
 from ._schema import advanced, node_schema
 
@@ -125,7 +124,7 @@ class TGateCache(io.ComfyNode):
         )
         if gate_at == 1:
             return io.NodeOutput(host.detach(model, tgate.KEY))
-        if not settings.drops_cfg and not has_cross_attention(host.diffusion_model(model.model)):
+        if not settings.drops_cfg and not tgate.reuses_attention(host.diffusion_model(model.model), settings):
             raise ValueError(
                 f"cfg_after_gate is 'keep', but {type(model.model).__name__} has no separate cross-attention to reuse, so "
                 "nothing would get faster. Choose one of the 'drop' options, or remove T-GATE Cache."

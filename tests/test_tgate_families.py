@@ -100,6 +100,17 @@ def test_joint_attention_only_loses_the_negative_prompt(tgate, caplog, family):
     assert "has no separate cross-attention" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_joint_attention_always_keeps_the_positive_prompt(tgate, caplog, name):
+    """As published the negative is kept, and the cache holds the positive's half; without a cache nothing would be left of it."""
+    caplog.set_level("INFO", logger="fovea")
+    family = FAMILIES[name]
+    model = family.build()
+    published = sample(family, tgate(model, cfg_after_gate="drop (keep negative, as published)"), steps=STEPS)
+    assert_same_picture(published, sample(family, tgate(model), steps=STEPS))
+    assert "the positive prompt is kept instead of the negative" in caplog.text
+
+
 @joint
 def test_joint_attention_with_cfg_kept_is_an_error_on_the_node(tgate, family):
     with pytest.raises(ValueError, match="cfg_after_gate is 'keep'.*no separate cross-attention"):

@@ -1,0 +1,120 @@
+"""The ``DiTLoader``, ``DiTClassLabel`` and ``DiTSampler`` nodes: class-conditional diffusion transformers."""
+
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..attention.dit_host import load_dit
+from ..attention.dit_labels import NULL, label_conditioning, label_options, parse_labels
+from ..attention.dit_sampling import dit_sampler
+from ._schema import node_schema
+
+_FOLDER = "diffusion_models"
+_PREDICTIONS = ["auto", "epsilon", "velocity"]
+_CFG_CHANNELS = {"3 (as published)": 3, "4": 4}
+_DEFAULT_LABEL = 207  # golden retriever, the paper's favourite
+
+
+class DiTLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "DiTLoader",
+            display_name="Load DiT",
+            description=(
+                "Loads a class-conditional DiT or SiT (Scalable Diffusion Models with Transformers) as its authors published it, "
+                "or as their training script or diffusers saved it. It makes pictures of classes and takes no prompt."
+            ),
+            search_aliases=["dit", "sit", "diffusion transformer", "scalable diffusion", "imagenet", "class-conditional"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=folder_paths.get_filename_list(_FOLDER),
+                    tooltip="A DiT file in models/diffusion_models, such as DiT-XL-2-256x256.pt. Code in a file is never run.",
+                ),
+                io.Combo.Input(
+                    "prediction",
+                    options=_PREDICTIONS,
+                    default="auto",
+                    tooltip="What the network predicts. DiT: epsilon, SiT: velocity; the weights look the same. auto reads it "
+                    "from the training settings in the file or from a file name that starts with SiT, else it is epsilon.",
+                ),
+                io.Combo.Input(
+                    "cfg_channels",
+                    options=list(_CFG_CHANNELS),
+                    default=next(iter(_CFG_CHANNELS)),
+                    tooltip="How many of the latent's 4 channels the CFG scale acts on. The published results use 3; with "
+                    "4, as in diffusers, the same scale acts a little stronger.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model", tooltip="The model. Its picture size is up to the latent: 256 or 512 pixels as trained."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model_name: str, prediction: str = "auto", cfg_channels: str = "3 (as published)") -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise(_FOLDER, model_name)
+        return io.NodeOutput(load_dit(path, prediction, _CFG_CHANNELS[cfg_channels]))
+
+
+class DiTClassLabel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        options = label_options()
+        return node_schema(
+            "DiTClassLabel",
+            display_name="DiT Class Label",
+            description="What a DiT shall draw: one of ImageNet's 1000 classes, or one for every picture of the batch.",
+            search_aliases=["imagenet", "class", "label", "dit prompt", "class-conditional"],
+            inputs=[
+                io.Combo.Input(
+                    "label",
+                    options=options,
+                    default=options[_DEFAULT_LABEL],
+                    tooltip="The class. Click and type to search among the 1000 names and their synonyms.",
+                ),
+                io.String.Input(
+                    "labels",
+                    default="",
+                    tooltip="Several classes, one for each picture of the batch: numbers or names separated by commas, for "
+                    "example 207, tabby, 980. Wins over label. Set the same batch_size in the latent; a shorter list repeats.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="positive", tooltip="The class or classes, for the sampler's positive input."
+                ),
+                io.Conditioning.Output(
+                    display_name="null class", tooltip="The class of no class, for the sampler's negative input: CFG needs it."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, label: str, labels: str = "") -> io.NodeOutput:
+        chosen = parse_labels(labels) or parse_labels(label.split(":")[0])
+        return io.NodeOutput(label_conditioning(chosen), label_conditioning([NULL]))
+
+
+class DiTSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "DiTSampler",
+            display_name="DiT Sampler (ddpm)",
+            description=(
+                "The sampler of the DiT paper: DDPM with the variance that the network itself has learned. For SamplerCustom and "
+                "SamplerCustomAdvanced, with a DiT from Load DiT; published with 250 steps of the normal scheduler."
+            ),
+            search_aliases=["ddpm", "learned variance", "dit ddpm", "ancestral"],
+            inputs=[],
+            outputs=[io.Sampler.Output(display_name="sampler", tooltip="The sampler, for a custom sampler node.")],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(dit_sampler())
