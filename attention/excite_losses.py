@@ -176,8 +176,9 @@ class ExciteObjective:
         if place.text is not None:
             logits = queries @ inputs.k[:, :, place.text].float().transpose(-1, -2)
             maps = _masked(logits, inputs.mask, place.rows, place.text).softmax(-1)
-            found["text"] = maps.sum(1).unflatten(1, place.grid[1:])
-        if place.image is not None and self.settings.self_overlap and layer.kind in ("self", "joint"):
+            found["text"] = maps.sum(1).unflatten(1, place.grid).mean(1)  # of a video: over its frames
+        looks = self.settings.self_overlap and layer.kind in ("self", "joint") and place.grid[0] == 1
+        if place.image is not None and looks:
             logits = queries @ inputs.k[:, :, place.image].float().transpose(-1, -2)
             found["image"] = _masked(logits, inputs.mask, place.rows, place.image).softmax(-1).sum(1)
         if found:

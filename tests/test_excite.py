@@ -5,6 +5,7 @@ from __future__ import annotations
 import comfy.samplers
 import pytest
 import torch
+from families import FAMILIES
 from tiny_unet import cond, reference_cases, sample, small_model, vector_model
 
 CASES = reference_cases("ae")
@@ -99,3 +100,303 @@ def test_equals_the_official_implementation(guider, recorded, caplog, name, memo
     torch.testing.assert_close(first[1], case["grad0_z"], rtol=1e-3, atol=1e-4 * case["grad0_z"].abs().max().item())
     refinements = sum(case["updates_per_step"]) - case["max_iter_to_alter"]
     assert f"{case['max_iter_to_alter']} guided steps, {refinements} refinements" in caplog.text
+
+
+# ----------------------------------------------------------------------------------------------- the losses, restated
+
+
+@pytest.fixture(scope="module")
+def losses(pack):
+    import fovea_attention.attention.excite_losses as losses
+
+    return losses
+
+
+def some_subjects(count=3, seed=0):
+    return torch.rand(2, count, 6, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def test_smoothing_kernel_is_the_published_one(losses):
+    kernel = losses.smoothing_kernel(0.5, 3)
+    assert kernel.sum().item() == pytest.approx(1)
+    assert (kernel[1, 1] / kernel[0, 1]).item() == pytest.approx(torch.e)
+    assert (kernel[1, 1] / kernel[0, 0]).item() == pytest.approx(torch.e**2)
+
+
+def test_extra_terms_are_what_their_papers_say(losses):
+    subjects = some_subjects()
+    for picture in range(2):
+        maps = subjects[picture]
+        pairs = [(0, 1), (0, 2), (1, 2)]
+        shared = [torch.minimum(maps[a], maps[b]).sum() / (maps[a].sum() + maps[b].sum()) for a, b in pairs]
+        torch.testing.assert_close(losses.overlap(subjects)[picture], torch.stack(shared).mean())
+        variations = []
+        for each in maps:
+            down = sum(abs(each[y + 1, x] - each[y, x]) for y in range(5) for x in range(5))
+            across = sum(abs(each[y, x + 1] - each[y, x]) for y in range(6) for x in range(4))
+            variations.append(down + across)
+        torch.testing.assert_close(losses.variation(subjects)[picture], -torch.stack(variations).min())
+        torch.testing.assert_close(losses.neglect(subjects)[picture], 1 - maps.amax((1, 2)).min())
+    looks = torch.rand(2, 30, 30, generator=torch.Generator().manual_seed(4)).softmax(-1)
+    rows = [looks[1, subjects[1, index].argmax()] for index in range(3)]
+    shared = [torch.minimum(rows[a], rows[b]).sum() / (rows[a].sum() + rows[b].sum()) for a, b in ((0, 1), (0, 2), (1, 2))]
+    torch.testing.assert_close(losses.self_overlap(subjects, looks)[1], torch.stack(shared).mean())
+    assert losses.overlap(subjects[:, :1]).tolist() == [0, 0]
+
+
+# ------------------------------------------------------------------------------------------------ samplers and schedules
+
+STEPS = 5
+REFUSED = {"uni_pc", "uni_pc_bh2", "dpm_fast", "dpm_adaptive"}
+
+
+def noise_of(batch=1, seed=3, size=(16, 16)):
+    return torch.randn(batch, 4, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def schedule(model, steps=STEPS, scheduler="normal"):
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+
+
+def modules_of(model):
+    """What each module carries: its attributes' names, its hooks, and whose forward it runs."""
+    return {
+        name: (
+            sorted(module.__dict__),
+            {key: sorted(value) for key, value in module.__dict__.items() if key.endswith("_hooks")},
+            module.__dict__.get("forward"),
+        )
+        for name, module in model.model.named_modules()
+    }
+
+
+def plain_guider(model, positive=None, negative=None, cfg=7.5):
+    plain = comfy.samplers.CFGGuider(model)
+    plain.set_conds(positive or cond(1), negative or cond(2))
+    plain.set_cfg(cfg)
+    return plain
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@pytest.mark.parametrize("name", [name for name in comfy.samplers.SAMPLER_NAMES if name not in REFUSED])
+def test_an_update_at_the_first_step_equals_starting_from_the_moved_noise(guider, model, name):
+    sigmas, noise = schedule(model), noise_of()
+    guided, steps = run(guider(model, guide_until=1 / STEPS, thresholds="", scale_factor=200), noise=noise, sigmas=sigmas, sampler=name)
+    untouched, plain_steps = run(plain_guider(model), noise=noise, sigmas=sigmas, sampler=name)
+    factor = (1 + sigmas[0] ** 2).sqrt()
+    start = steps[0][0] / factor
+    assert (start - noise).abs().max() > 1e-3
+    expected, _ = run(plain_guider(model), noise=start, sigmas=sigmas, sampler=name)
+    assert (guided - expected).abs().max() <= 2e-5 * expected.abs().max()
+    assert (guided - untouched).abs().max() > 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_samplers_that_hide_their_latent_are_refused_before_sampling(guider, model, name):
+    with pytest.raises(ValueError, match=rf"The sampler {name} hides its latent.*euler"):
+        run(guider(model), noise=noise_of(), sigmas=schedule(model), sampler=name)
+
+
+@pytest.mark.parametrize("name", ["heun", "dpm_2", "dpmpp_2s_ancestral", "dpmpp_sde", "dpm_2_ancestral", "heunpp2"])
+def test_one_update_in_each_guided_step(guider, model, recorded, name):
+    run(guider(model, guide_until=0.6, thresholds=""), noise=noise_of(), sigmas=schedule(model), sampler=name)
+    assert len(recorded) == 3
+
+
+def test_a_part_of_a_schedule_is_a_run_of_its_own(guider, model, recorded):
+    """KSamplerAdvanced and Split Sigmas: fractions are of the steps that are sampled here."""
+    run(guider(model, guide_until=0.5, thresholds="0.5:1", max_refinements=2), noise=noise_of(), sigmas=schedule(model, 10)[6:])
+    assert len(recorded) == 2 + 1 + 2  # two guided steps; in the third one look, then a refinement and what it led to
+
+
+def test_nothing_to_do_equals_plain_sampling(guider, model):
+    noise, sigmas = noise_of(), schedule(model)
+    expected, _ = run(plain_guider(model), noise=noise, sigmas=sigmas)
+    idle = [{"guide_until": 0, "thresholds": ""}, {"scale_factor": 0, "thresholds": ""}, {"guide_until": 0, "max_refinements": 0}]
+    for settings in idle:
+        assert torch.equal(run(guider(model, **settings), noise=noise, sigmas=sigmas)[0], expected)
+
+
+def test_the_noise_and_a_second_run_are_untouched(guider, model):
+    noise, sigmas = noise_of(), schedule(model)
+    kept = noise.clone()
+    guide = guider(model)
+    first, _ = run(guide, noise=noise, sigmas=sigmas)
+    second, _ = run(guide, noise=noise, sigmas=sigmas)
+    assert torch.equal(noise, kept)
+    assert torch.equal(first, second)
+
+
+# ------------------------------------------------------------------------------------------------- batches and prompts
+
+
+def test_pictures_of_a_batch_do_not_know_each_other(guider, model):
+    settings = {"thresholds": "0:0.1, 0.4:0.06", "max_refinements": 4, "scale_factor": 100}
+    together = noise_of(3)
+    result, _ = run(guider(model, **settings), noise=together, sigmas=schedule(model))
+    for index in range(3):
+        alone, _ = run(guider(model, **settings), noise=together[index : index + 1], sigmas=schedule(model))
+        assert (result[index] - alone[0]).abs().max() < 2e-5 * alone.abs().max()
+
+
+def test_cfg_one(guider, model):
+    moved, _ = run(guider(model, cfg=1.0, scale_factor=200), noise=noise_of(), sigmas=schedule(model))
+    plain, _ = run(plain_guider(model, cfg=1.0), noise=noise_of(), sigmas=schedule(model))
+    assert moved.isfinite().all()
+    assert not torch.equal(moved, plain)
+
+
+def test_an_inpaint_mask_keeps_what_is_outside(guider, model):
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 4:12, 4:12] = 1
+    image, noise = noise_of(seed=9), noise_of()
+    guided, _ = run(guider(model, scale_factor=200), noise=noise, sigmas=schedule(model), latent_image=image, denoise_mask=mask)
+    plain, _ = run(plain_guider(model), noise=noise, sigmas=schedule(model), latent_image=image, denoise_mask=mask)
+    outside = (mask == 0).expand_as(image)
+    assert torch.allclose(guided[outside], plain[outside], atol=1e-5)
+    assert (guided - plain)[~outside].abs().max() > 1e-3
+
+
+def test_regional_prompts_move_their_region_only(guider, model):
+    regions = [[cond(1)[0][0], {"area": (16, 8, 0, 0), "strength": 1.0}], [cond(4)[0][0], {"strength": 1.0}]]
+    settings = {"guide_until": 1 / STEPS, "thresholds": "", "scale_factor": 500}
+    guide = guider(model, regions, **settings)
+    guide.prompts[1] = None  # only the region has subjects
+    _, steps = run(guide, noise=noise_of(), sigmas=schedule(model))
+    _, plain = run(plain_guider(model, regions), noise=noise_of(), sigmas=schedule(model))
+    change = (steps[0][0] - plain[0][0]).abs()
+    assert change[..., :8].max() > 1e-3
+    assert change[..., 8:].max() == 0
+
+
+def test_a_prompt_that_is_not_active_guides_nothing(guider, model):
+    late = [[cond(1)[0][0], {"start_percent": 0.6, "end_percent": 1.0}], [cond(4)[0][0], {"start_percent": 0.0, "end_percent": 1.0}]]
+    guide = guider(model, late, thresholds="")
+    guide.prompts[1] = None
+    guided, _ = run(guide, noise=noise_of(), sigmas=schedule(model))
+    plain, _ = run(plain_guider(model, late), noise=noise_of(), sigmas=schedule(model))
+    assert torch.equal(guided, plain)
+
+
+# ----------------------------------------------------------------------------------------------------- other families
+
+GUIDED = ["sd2", "sdxl", "pixart", "hunyuan_dit", "sd3", "flux", "qwen_image", "lumina2", "z_image", "cosmos_predict2", "wan_t2v"]
+
+
+@pytest.mark.parametrize("name", [name for name in GUIDED if name in FAMILIES])
+def test_other_families_are_guided(guider, name):
+    family = FAMILIES[name]
+    model = family.build()
+    noise = torch.randn(family.latent().shape, generator=torch.Generator().manual_seed(3))
+    sigmas = schedule(model, 4, "simple")
+    settings = {"scale_factor": 50.0, "thresholds": "0:0.9", "max_refinements": 2, "overlap": 0.5, "self_overlap": 0.5}
+    plain, _ = run(plain_guider(model, family.conds(1), family.conds(2)), noise=noise, sigmas=sigmas)
+    before = modules_of(model)
+    guided, _ = run(guider(model, family.conds(1), family.conds(2), **settings), noise=noise, sigmas=sigmas)
+    assert guided.isfinite().all()
+    assert (guided - plain).abs().max() > 1e-4
+    assert modules_of(model) == before
+
+
+@pytest.mark.parametrize("name", ["cascade"])
+def test_networks_without_a_known_place_for_text_are_refused(guider, name):
+    family = FAMILIES[name]
+    with pytest.raises(ValueError, match="Attend-and-Excite cannot guide"):
+        guider(family.build(), family.conds(1), family.conds(2))
+
+
+# ------------------------------------------------------------------------------------------------------ what can go wrong
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"subjects": ""}, "Prompt with Subjects"),
+        ({"subjects": "2, 99"}, "position 99 is outside this prompt, which has 77 tokens"),
+        ({"thresholds": "0:0.05, 0.2"}, r"thresholds, entry 2 \('0.2'\): write a fraction"),
+        ({"thresholds": "0:high"}, r"thresholds, entry 1 \('0:high'\): '0' and 'high' must be numbers"),
+        ({"thresholds": "0:1.5"}, "both numbers go from 0 to 1"),
+        ({"kernel_size": 4}, "kernel_size is 4"),
+        ({"sigma": 0.0}, "sigma is 0.0"),
+        ({"guide_until": 1.5}, "guide_until is 1.5"),
+        ({"scale_factor": float("nan")}, "scale_factor is nan"),
+        ({"overlap": -1.0}, "overlap is -1.0"),
+    ],
+)
+def test_wrong_inputs_are_said_on_the_node(guider, model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        guider(model, **settings)
+
+
+def test_more_subjects_than_the_grid_has_room_for(guider, model):
+    many = ", ".join(map(str, range(1, 20)))
+    with pytest.raises(ValueError, match="19 subjects are more than an attention grid of 4 x 4 can hold"):
+        run(guider(model, subjects=many), noise=noise_of(), sigmas=schedule(model))
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_and_counted(guider, model, excite, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="fovea")
+    measure = excite.ModelPass.gradient
+
+    def poisoned(self, *args):
+        found = measure(self, *args)
+        found.latent[0, 0, 0, 0] = float("nan")
+        return found
+
+    monkeypatch.setattr(excite.ModelPass, "gradient", poisoned)
+    guided, _ = run(guider(model, thresholds="", guide_until=0.4), noise=noise_of(), sigmas=schedule(model))
+    plain, _ = run(plain_guider(model), noise=noise_of(), sigmas=schedule(model))
+    assert torch.equal(guided, plain)
+    assert "2 updates left out because their gradient was not finite" in caplog.text
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["forward", "backward", "interrupt"])
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_nothing_stays_after_a_failure(guider, excite, monkeypatch, moment, memory):
+    model = small_model()
+    noise, sigmas = noise_of(), schedule(model)
+    expected, _ = run(plain_guider(model), noise=noise, sigmas=sigmas)
+    before = modules_of(model)
+    with monkeypatch.context() as patch:
+        if moment == "interrupt":
+            error = excite.comfy.model_management.InterruptProcessingException
+            patch.setattr(excite.host, "check_interrupted", lambda: (_ for _ in ()).throw(error()))
+        elif moment == "forward":
+            error = Stopped
+            patch.setattr(excite.ExciteObjective, "measure", lambda *args: (_ for _ in ()).throw(Stopped()))
+        else:
+            error = Stopped
+            patch.setattr(torch.autograd, "grad", lambda *args, **kwargs: (_ for _ in ()).throw(Stopped()))
+        with pytest.raises(error):
+            run(guider(model, thresholds="0:0.99", memory=memory), noise=noise, sigmas=sigmas)
+    assert modules_of(model) == before
+    assert not torch.is_inference_mode_enabled()
+    assert torch.equal(run(plain_guider(model), noise=noise, sigmas=sigmas)[0], expected)
+
+
+# --------------------------------------------------------------------------------------------------- with the pack's nodes
+
+
+def test_gradient_passes_are_not_seen_by_capture_and_tgate(guider, node_classes, model, caplog):
+    caplog.set_level("INFO", logger="fovea")
+    gated = node_classes["TGateCache"].execute(model, gate_at=0.6)[0]
+    watched, maps = node_classes["AttnMapCapture"].execute(gated)[0:2]
+    guided, _ = run(guider(watched, guide_until=0.4), noise=noise_of(), sigmas=schedule(model))
+    assert "cross-attention reused in 2 of 5 steps" in caplog.text
+    assert maps.recorded_steps("positive", 0) == [0, 1, 2]
+    alone, _ = run(guider(model, guide_until=0.4), noise=noise_of(), sigmas=schedule(model))
+    assert (guided - alone).abs().max() > 0
+
+
+def test_guided_maps_come_with_the_guider(node_classes, model):
+    made = node_classes["AttendExciteGuider"].execute(model, cond(1), cond(2), subjects="2, 5")
+    run(made[0], noise=noise_of(), sigmas=schedule(model))
+    assert made[1].recorded_steps("positive", 0) == list(range(STEPS))

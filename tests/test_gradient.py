@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import comfy.model_management
-import comfy.sampler_helpers
+import comfy.model_base
+import comfy.ops
 import comfy.samplers
+import comfy.supported_models
 import pytest
 import torch
 from families import FAMILIES
+from tiny_unet import UNET_CONFIG, patcher
 
 MEMORY = ("fast", "low")
 
@@ -79,10 +81,6 @@ def during_sampling(family, model, body, *, batch=1, positive=None, sampler_nois
     return results[0]
 
 
-def modules_of(model):
-    return {name: (module, dict(module.__dict__)) for name, module in model.model.named_modules()}
-
-
 def forwards_of(model):
     return {name: module.__dict__.get("forward") for name, module in model.model.named_modules()}
 
@@ -124,3 +122,192 @@ def test_gradient_equals_finite_differences(gradient, sites, name, memory):
         assert abs(slope - expected) <= tolerance * norm
     assert norm > 0
     assert forwards_of(model) == before
+
+
+# ---------------------------------------------------------------------------------------------------- how weights are held
+
+
+def unet(dtype=torch.float32, compute=None, seed=0):
+    """A small U-Net whose operations cast their weights where these are stored in another type than it computes in."""
+    config = {**UNET_CONFIG, "num_res_blocks": [1, 1], "channel_mult": [1, 2], "num_heads": 2, "transformer_depth": [1, 1],
+              "transformer_depth_output": [1, 1, 1, 1], "dtype": dtype}  # fmt: skip
+    described = comfy.supported_models.SD15(config)
+    described.set_inference_dtype(dtype, compute)
+    model = comfy.model_base.BaseModel(described)
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.requires_grad_(False)
+            value = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.copy_(torch.ones_like(value) if name == "weight" and "Norm" in type(module).__name__ else value)
+    return patcher(model)
+
+
+def with_weights_of(model, dtype=torch.float32):
+    """A model that holds the same numbers in a type it needs not cast."""
+    plain = unet(dtype)
+    for own, other in zip(plain.model.parameters(), model.model.parameters(), strict=True):
+        own.copy_(other.to(torch.float32))
+    return plain
+
+
+def gradient_of(
+    gradient, sites, model, *, memory="fast", batch=1, rows=None, positive=None, objective=None, options=None, before=None
+):
+    layers = watched_layers(sites, model)
+
+    def body(base_model, cond, x, sigma, model_options):
+        if before is not None:
+            before()
+        passes = gradient.ModelPass(base_model, {**model_options, **(options or {})}, layers, gradient.Memory(memory))
+        found = passes.gradient(cond, x, sigma, objective or MapsAndOutputs(), rows)
+        return found, passes
+
+    return during_sampling(FAMILIES["sd15"], model, body, batch=batch, positive=positive)
+
+
+def assert_same_gradient(found, expected, tolerance=1e-5):
+    torch.testing.assert_close(found.loss, expected.loss, rtol=tolerance, atol=0)
+    assert (found.latent - expected.latent).norm() <= tolerance * expected.latent.norm()
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_weights_loaded_in_inference_mode(gradient, sites, memory):
+    expected, _ = gradient_of(gradient, sites, unet(), memory=memory)
+    with torch.inference_mode():
+        model = unet()
+    assert all(parameter.is_inference() for parameter in model.model.parameters())
+    found, _ = gradient_of(gradient, sites, model, memory=memory)
+    assert torch.equal(found.latent, expected.latent)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_that_are_cast_for_every_call(gradient, sites, stored):
+    model = unet(stored, torch.float32)
+    found, _ = gradient_of(gradient, sites, model)
+    assert_same_gradient(found, gradient_of(gradient, sites, with_weights_of(model))[0])
+
+
+def test_weights_streamed_through_one_buffer(gradient, sites, monkeypatch):
+    """Low VRAM: by the time of the backward pass the buffer holds another layer's weight."""
+    model = unet()
+    expected, _ = gradient_of(gradient, sites, model)
+    buffer = torch.empty(1 << 20)
+    cast = comfy.ops.cast_bias_weight
+
+    def streamed(module, *args, **kwargs):
+        weight, *rest = cast(module, *args, **kwargs)
+        shared = buffer[: weight.numel()].view_as(weight)
+        shared.copy_(weight)
+        return (shared, *rest)
+
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", streamed)
+    for module in model.model.modules():
+        if isinstance(module, comfy.ops.CastWeightBiasOp):
+            module.comfy_cast_weights = True
+    for memory in MEMORY:
+        assert_same_gradient(gradient_of(gradient, sites, model, memory=memory)[0], expected)
+
+
+def test_weight_functions_act_in_both_directions(gradient, sites):
+    """How the host applies LoRA to weights that it does not keep."""
+    model, merged = unet(), unet()
+
+    def weighted(model):
+        return [module for module in model.model.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
+
+    def patch():  # while sampling: loading a model takes such functions away
+        for module in weighted(model):
+            module.weight_function = [lambda weight: weight * 1.25]
+
+    for module in weighted(merged):
+        module.weight.mul_(1.25)
+    found, _ = gradient_of(gradient, sites, model, before=patch)
+    assert_same_gradient(found, gradient_of(gradient, sites, merged)[0])
+
+
+class Faint(MapsAndOutputs):
+    """A mean over very many values: its gradient is below what float16 can hold."""
+
+    def loss(self, measurements, rows):
+        return super().loss(measurements, rows) * 1e-2
+
+
+@pytest.mark.parametrize(("dtype", "likeness"), [(torch.float16, 0.995), (torch.bfloat16, 0.95)])
+def test_half_precision(gradient, sites, dtype, likeness):
+    model = unet(dtype)
+    found, _ = gradient_of(gradient, sites, model, objective=Faint())
+    expected, _ = gradient_of(gradient, sites, with_weights_of(model), objective=Faint())
+    one, other = found.latent.double().flatten(), expected.latent.double().flatten()
+    assert one @ other > likeness * one.norm() * other.norm()
+    assert one.norm().item() == pytest.approx(other.norm().item(), rel=0.1)
+
+
+# -------------------------------------------------------------------------------------------------- what is computed at all
+
+
+def test_pictures_that_do_not_matter_are_not_computed(gradient, sites):
+    model = unet()
+    whole, _ = gradient_of(gradient, sites, model, batch=3)
+    some, _ = gradient_of(gradient, sites, model, batch=3, rows=torch.tensor([2, 0]))
+    assert_same_gradient(some, gradient.Gradient(whole.loss[[2, 0]], whole.latent[[2, 0]]))
+
+
+def test_an_area_has_no_gradient_outside(gradient, sites):
+    positive = [[FAMILIES["sd15"].conds(1)[0][0], {"area": (8, 4, 4, 2)}]]
+    found, _ = gradient_of(gradient, sites, unet(), positive=positive)
+    inside = torch.zeros(16, 12, dtype=torch.bool)
+    inside[4:12, 2:6] = True
+    assert (found.latent[..., inside] != 0).all()
+    assert (found.latent[..., ~inside] == 0).all()
+
+
+def test_nothing_behind_the_last_layer_is_computed(gradient, sites):
+    model = unet()
+    ran = []
+    hook = model.model.diffusion_model.out.register_forward_hook(lambda *args: ran.append(args))
+    layers = watched_layers(sites, model, share=0.5)
+
+    def body(base_model, cond, x, sigma, options):
+        for memory in MEMORY:
+            gradient.ModelPass(base_model, options, layers, gradient.Memory(memory)).gradient(cond, x, sigma, MapsAndOutputs())
+
+    during_sampling(FAMILIES["sd15"], model, body)
+    hook.remove()
+    assert ran == []
+
+
+def test_foreign_options_are_left_out(gradient, sites):
+    """Caches, compiled modules and attention kernels without a gradient do not take part."""
+
+    def never(*args, **kwargs):
+        raise AssertionError("called in a pass of our own")
+
+    model = unet()
+    expected, _ = gradient_of(gradient, sites, model)
+    options = {
+        "model_function_wrapper": never,
+        "transformer_options": {"optimized_attention_override": never, "wrappers": {"apply_model": {"cache": [never]}}},
+    }
+    found, _ = gradient_of(gradient, sites, model, options=options)
+    assert torch.equal(found.latent, expected.latent)
+
+
+def test_out_of_memory_is_met_with_less_memory(gradient, sites):
+    class Greedy(MapsAndOutputs):
+        failures = 2
+
+        def measure(self, layer, call, rows):
+            if self.failures:
+                self.failures -= 1
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().measure(layer, call, rows)
+
+    model = unet()
+    expected, _ = gradient_of(gradient, sites, model, batch=2)
+    found, passes = gradient_of(gradient, sites, model, batch=2, memory="auto", objective=Greedy())
+    assert_same_gradient(found, expected)
+    assert passes.level == 2
+    with pytest.raises(torch.OutOfMemoryError):
+        gradient_of(gradient, sites, model, memory="fast", objective=Greedy())
+    assert_same_gradient(gradient_of(gradient, sites, model, batch=2)[0], expected)

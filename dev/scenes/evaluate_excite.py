@@ -1,0 +1,130 @@
+"""Does Attend-and-Excite put every subject into the picture? Plain and guided runs of the same prompts and noise.
+
+    python dev eval excite [--prompts N] [--objects 2|3] [--steps N] [--cfg X] [--seed N] [--only NAME ...] [--json FILE]
+
+Every run is a real ``SamplerCustomAdvanced``; pictures are judged by ``detect``, whose settings no run knows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from host_inprocess import pack_nodes, start_host
+from torch import Tensor
+
+from scenes import evaluate
+from scenes.evaluate import Prompt
+
+# What is compared. ``None`` is the plain run; subjects are what stands in the brackets of the prompt.
+PUBLISHED: dict[str, Any] = {}
+RUNS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "published": PUBLISHED,
+}
+
+
+@torch.inference_mode()
+def marked_conditioning(clip: Any, chosen: Sequence[Prompt], mark: str) -> list:
+    """The prompts as one batch. Their words are one token each, so the places of the first prompt's subjects are those of all."""
+    encode = pack_nodes()["FoveaPrompt"].execute
+    encoded = [encode(clip, marked_text(prompt, mark))[0][0] for prompt in chosen]
+    return [[torch.cat([tokens for tokens, _ in encoded]), encoded[0][1]]]
+
+
+def marked_text(prompt: Prompt, mark: str) -> str:
+    """The caption with its subjects in brackets: their ``shape`` words, ``colour`` words, or ``both`` as a phrase."""
+    forms = {"shape": "a {} [{}]", "colour": "a [{}] {}", "both": "a [{} {}]"}
+    return " and ".join(forms[mark].format(colour, shape) for colour, shape in prompt.items)
+
+
+@torch.inference_mode()
+def generate(
+    model: Any, clip: Any, vae: Any, chosen: Sequence[Prompt], settings: dict[str, Any] | None, *, steps: int, cfg: float,
+    seed: int, batch: int = 16, mark: str = "both",
+) -> tuple[Tensor, float]:  # fmt: skip
+    """Pictures [N, 256, 256, 3] and the seconds that sampling took. Prompt number i gets noise number i of ``seed``."""
+    import nodes
+    from comfy_extras import nodes_custom_sampler as core
+
+    def run(name: str, **inputs: Any) -> Any:
+        node = getattr(core, name)
+        return node.execute(**inputs) if hasattr(node, "execute") else getattr(node(), node.FUNCTION)(**inputs)
+
+    negative, pictures, seconds = evaluate.encode(clip, [""]), [], 0.0
+    sigmas = run("BasicScheduler", model=model, scheduler="normal", steps=steps, denoise=1.0)[0]
+    sampler = run("KSamplerSelect", sampler_name="euler")[0]
+    noise = run("RandomNoise", noise_seed=seed)[0]
+    for start in range(0, len(chosen), batch):
+        part = chosen[start : start + batch]
+        latent = nodes.EmptyLatentImage().generate(evaluate.SIDE, evaluate.SIDE, len(part))[0]
+        latent["batch_index"] = list(range(start, start + len(part)))
+        positive = marked_conditioning(clip, part, mark)
+        if settings is None:
+            guider = run("CFGGuider", model=model, positive=positive, negative=negative, cfg=cfg)[0]
+        else:
+            guider = pack_nodes()["AttendExciteGuider"].execute(model, positive, negative, cfg=cfg, **settings)[0]
+        began = time.perf_counter()
+        sampled = run("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent)[0]
+        seconds += time.perf_counter() - began
+        for some in sampled["samples"].split(4):
+            pictures.append(nodes.VAEDecode().decode(vae, {"samples": some})[0].float().cpu().clamp(0, 1))
+    return torch.cat(pictures), seconds
+
+
+def compare(
+    model: Any, clip: Any, vae: Any, chosen: Sequence[Prompt], runs: dict[str, dict[str, Any] | None], **sampling: Any
+) -> dict[str, dict[str, Any]]:
+    """Shares and times of every run, printed as they come."""
+    report: dict[str, dict[str, Any]] = {}
+    for name, settings in runs.items():
+        settings = dict(settings) if settings is not None else None
+        mark = settings.pop("mark", "both") if settings else "both"
+        pictures, seconds = generate(model, clip, vae, chosen, settings, mark=mark, **sampling)
+        findings = evaluate.score(pictures, chosen)
+        both = evaluate.share([all(f.present for f in picture) for picture in findings])
+        right = evaluate.share([all(f.right for f in picture) for picture in findings])
+        report[name] = {"present": both, "right": right, "seconds": seconds / len(chosen)}
+        print(
+            f"  {name:28s} subjects present {both['share']:.3f} ({both['low']:.3f} to {both['high']:.3f})  "
+            f"right {right['share']:.3f} ({right['low']:.3f} to {right['high']:.3f})  {seconds / len(chosen):.2f} s a picture",
+            flush=True,
+        )
+    return report
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of ``python dev eval excite``."""
+    parser = argparse.ArgumentParser(prog="python dev eval excite", description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=evaluate.CHECKPOINT)
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--objects", type=int, choices=(2, 3), default=2)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--cfg", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--only", nargs="+", choices=list(RUNS), help="these runs only")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    args = parser.parse_args(argv)
+    start_host()
+    import comfy.utils
+
+    comfy.utils.set_progress_bar_enabled(False)
+    model, clip, vae = evaluate.load(args.checkpoint.resolve())
+    chosen = evaluate.prompts(args.prompts, args.objects)
+    print(f"{args.prompts} prompts of {args.objects}, {args.steps} steps, cfg {args.cfg:g}, seed {args.seed}")
+    runs = {name: RUNS[name] for name in args.only} if args.only else RUNS
+    sampling = {"steps": args.steps, "cfg": args.cfg, "seed": args.seed, "batch": args.batch}
+    report = compare(model, clip, vae, chosen, runs, **sampling)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({**sampling, "objects": args.objects, "runs": report}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
