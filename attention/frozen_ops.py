@@ -146,9 +146,9 @@ class _Frozen(torch.autograd.Function):
         return ordinary(result) if result.is_inference() else result, None, None, None, None
 
 
-def _frozen_forward(module: nn.Module, rule: Rule, keeps_input: bool) -> Callable[..., Tensor]:
+def _frozen_forward(module: nn.Module, rule: Rule, keeps_input: bool, adds_in_place: bool) -> Callable[..., Tensor]:
     forward = module.forward
-    in_place_safe = isinstance(module, nn.GroupNorm)  # of convolutional networks, which do not add in place
+    in_place_safe = isinstance(module, nn.GroupNorm) and not adds_in_place
 
     def frozen(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs:
@@ -164,16 +164,19 @@ def _frozen_forward(module: nn.Module, rule: Rule, keeps_input: bool) -> Callabl
 
 
 @contextmanager
-def frozen_ops(network: nn.Module) -> Iterator[None]:
+def frozen_ops(network: nn.Module, *, adds_in_place: bool = False) -> Iterator[None]:
     """Run the weighted operations of ``network`` without autograd ever seeing a weight.
 
     An operation that another node replaced is left as it is. Outside inference mode, forwards with a gradient may run in
     the block; afterwards every module is as it was.
+
+    Args:
+        adds_in_place: this call of a convolutional network adds to its feature maps in place (ControlNet's residuals).
     """
     replacements = []
     for module in network.modules():
         rule = _rule(module) if host.is_weighted_operation(module) and "forward" not in module.__dict__ else None
         if rule is not None:
-            replacements.append((module, _frozen_forward(module, *rule)))
+            replacements.append((module, _frozen_forward(module, *rule, adds_in_place)))
     with host.swapped_forward(replacements), Differentiable():
         yield

@@ -256,7 +256,7 @@ class ModelPass:
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.enable_grad())
                 stack.enter_context(host.differentiable_kernels())
-                stack.enter_context(frozen_ops(self.network))
+                stack.enter_context(frozen_ops(self.network, adds_in_place=host.has_control(args)))
                 for part in parts:
                     mine, others = [_rows(value, part, batch) for value in args[:-1]], _rows(kwargs, part, batch)
                     mine.append(host.apply_model_options(args))
@@ -279,7 +279,7 @@ class ModelPass:
         with ExitStack() as stack:
             options = stack.enter_context(self._watched(watch, host.apply_model_options(args)))
             if self.level != _Level.KEEP_ALL:
-                stack.enter_context(self._computed_again(watch))
+                stack.enter_context(self._computed_again(watch, copies=host.has_control(args)))
             _forward(executor, host.with_apply_model_options([leaf, *args[1:]], options), kwargs)
             measurements = watch.close()
             if not measurements:
@@ -328,8 +328,9 @@ class ModelPass:
         return _Level.BLOCKS_AGAIN if needed * _COMPUTED_AGAIN < spare else _Level.ONE_PICTURE_AT_A_TIME
 
     @contextmanager
-    def _computed_again(self, watch: _Watch) -> Iterator[None]:
-        """Blocks keep their inputs only, and run once more in the backward pass."""
+    def _computed_again(self, watch: _Watch, *, copies: bool) -> Iterator[None]:
+        """Blocks keep their inputs only (``copies`` of them where they are changed later), and run once more in the backward
+        pass."""
 
         def block_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
             def checkpointed(*args: Any, **kwargs: Any) -> Any:
@@ -345,7 +346,7 @@ class ModelPass:
                         failures.append(error)  # raised in here it would leave torch's hooks behind until it is forgotten
                         return None
 
-                kept = [_own_options(value) for value in (args, kwargs)]
+                kept = [(_fresh if copies else _own_options)(value) for value in (args, kwargs)]
                 result = checkpoint(run, *kept[0], use_reentrant=False, preserve_rng_state=False, **kept[1])
                 if failures:
                     raise failures[0]

@@ -42,7 +42,7 @@ _FOREIGN_OPTIONS = ("model_function_wrapper", "context_handler", "multigpu_clone
 
 # Position of transformer_options among the arguments of an APPLY_MODEL wrapper: (x, t, c_concat, c_crossattn, control, options).
 _APPLY_MODEL_OPTIONS = 5
-_APPLY_MODEL_CONTEXT = 3
+_APPLY_MODEL_CONTEXT, _APPLY_MODEL_CONTROL = 3, 4
 
 _WRAPPER_KINDS = {
     "outer_sample": WrappersMP.OUTER_SAMPLE,
@@ -109,6 +109,11 @@ def with_apply_model_options(args: tuple[Any, ...] | list[Any], options: Transfo
 def apply_model_text(args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> torch.Tensor | None:
     """The text of a model call: its cross-attention context, or the conditioning ``name`` of a network that has none."""
     return args[_APPLY_MODEL_CONTEXT] if name == "c_crossattn" else kwargs.get(name)
+
+
+def has_control(args: Sequence[Any]) -> bool:
+    """Whether a ControlNet's residuals are added in this model call."""
+    return args[_APPLY_MODEL_CONTROL] is not None
 
 
 def latent_shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
@@ -289,7 +294,7 @@ def preview_callback(model: ModelPatcher, steps: int) -> Callable[..., None]:
     """The sampler's progress bar with its live preview: ``callback(step, denoised, x, steps)``."""
     import latent_preview
 
-    return latent_preview.prepare_callback(model, steps)  # type: ignore[no-any-return]
+    return latent_preview.prepare_callback(model, steps)
 
 
 def shows_console_progress() -> bool:
@@ -322,7 +327,7 @@ def denoise_mask(model: Any, call: Mapping[str, Any], sigma: torch.Tensor) -> to
     function = call["model_options"].get("denoise_mask_function")
     if mask is None or function is None:
         return mask
-    return function(sigma, mask, extra_options={"model": model.inner_model, "sigmas": model.sigmas})  # type: ignore[no-any-return]
+    return function(sigma, mask, extra_options={"model": model.inner_model, "sigmas": model.sigmas})
 
 
 def is_flow(base_model: Any) -> bool:
@@ -337,7 +342,7 @@ def smallest_sigma(base_model: Any) -> float:
 def noised(base_model: Any, latent: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
     """A clean latent as the sampler would have it at ``sigma``."""
     level = latent.new_full((len(latent),), sigma, dtype=torch.float32)
-    return base_model.model_sampling.noise_scaling(level, noise, latent)  # type: ignore[no-any-return]
+    return base_model.model_sampling.noise_scaling(level, noise, latent)
 
 
 def prompt_everywhere(conditioning: Sequence[Any], **defaults: Any) -> dict[str, Any]:
@@ -357,7 +362,7 @@ def processed_cond(
     conds = {"negative": [cond]}
     shapes = [tuple(like.shape)]
     done = comfy.samplers.process_conds(base_model, like, conds, like.device, latent_image, mask, seed, latent_shapes=shapes)
-    return done["negative"][0]  # type: ignore[no-any-return]
+    return done["negative"][0]
 
 
 def cond_values(cond: Mapping[str, Any]) -> dict[str, Any]:

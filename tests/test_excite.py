@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import comfy.cldm.cldm
+import comfy.controlnet
 import comfy.samplers
+import nodes
 import pytest
+import tiny_dit
+import tiny_text
 import torch
 from families import FAMILIES
-from tiny_unet import cond, reference_cases, sample, small_model, vector_model
+from tiny_unet import UNET_CONFIG, cond, randomise, reference_cases, small_model, vector_model
 
 CASES = reference_cases("ae")
 
@@ -400,3 +405,85 @@ def test_guided_maps_come_with_the_guider(node_classes, model):
     made = node_classes["AttendExciteGuider"].execute(model, cond(1), cond(2), subjects="2, 5")
     run(made[0], noise=noise_of(), sigmas=schedule(model))
     assert made[1].recorded_steps("positive", 0) == list(range(STEPS))
+
+
+# ------------------------------------------------------------------------------------------------------ words and control
+
+
+def encoded(node_classes, text, encoder="sd1"):
+    return node_classes["FoveaPrompt"].execute(tiny_text.tiny(encoder), text)[0]
+
+
+def named(prompts):
+    return [[subject.name for subject in prompt.subjects] if prompt else None for prompt in prompts]
+
+
+def test_subjects_are_the_brackets_or_the_words_that_are_named(excite, node_classes):
+    marked = encoded(node_classes, "a [cat] and a [red frog]")
+    (prompt,) = excite.guided_prompts(marked, "")
+    assert [(subject.name, subject.positions) for subject in prompt.subjects] == [("cat", (2,)), ("red frog", (5, 6))]
+    assert prompt.columns == tuple(range(1, 76))  # the published 1 to 75 of 77
+    (prompt,) = excite.guided_prompts(marked, "frog, a")
+    assert [(subject.name, subject.positions) for subject in prompt.subjects] == [("frog", (6,)), ("a", (1, 4))]
+    (prompt,) = excite.guided_prompts(marked, "2, 6")
+    assert named([prompt]) == [["cat", "frog"]]
+    twins = encoded(node_classes, "a [cat] and a [cat]")
+    assert named(excite.guided_prompts(twins, "")) == [["cat#1", "cat#2"]]
+
+
+def test_padding_of_openclip_and_t5_does_not_compete(excite, node_classes):
+    (prompt,) = excite.guided_prompts(encoded(node_classes, "a [cat] and a [frog]", "sd2"), "")
+    assert prompt.columns == (1, 2, 3, 4, 5)
+    (prompt,) = excite.guided_prompts(encoded(node_classes, "a [cat] and a [frog]", "pixart"), "")
+    assert len(prompt.columns) < 20
+
+
+def test_a_subject_may_be_in_one_of_several_prompts(excite, node_classes):
+    both = encoded(node_classes, "a [cat]") + encoded(node_classes, "a [frog]")
+    assert named(excite.guided_prompts(both, "")) == [["cat"], ["frog"]]
+    assert named(excite.guided_prompts(both, "frog")) == [None, ["frog"]]
+
+
+def test_a_word_that_is_not_there_lists_the_words_that_are(guider, node_classes):
+    with pytest.raises(ValueError, match=r"subjects: 'dog' is not in the prompt.*a, cat, and, frog"):
+        guider(small_model(), encoded(node_classes, "a cat and a frog"), subjects="dog")
+    with pytest.raises(ValueError, match=r"No subjects are given.*square brackets.*Words in the prompt: a, cat"):
+        guider(small_model(), encoded(node_classes, "a cat"), subjects="")
+    with pytest.raises(ValueError, match="Prompt with Subjects"):
+        guider(small_model(), cond(1), subjects="cat")
+
+
+def test_other_encoders_prompts_with_clip_and_text(excite, node_classes):
+    clip = tiny_text.tiny("sd1")
+    plain = clip.encode_from_tokens_scheduled(clip.tokenize("a cat and a frog"))
+    assert named(excite.guided_prompts(plain, "cat, frog", clip, "a cat and a frog")) == [["cat", "frog"]]
+
+
+def test_controlnet_on_the_positive_prompt(guider, recorded):
+    """Its residuals are there in the gradient passes too, taken as given."""
+    model = small_model()
+    config = {key: value for key, value in UNET_CONFIG.items() if key not in ("out_channels", "transformer_depth_output")}
+    config.update(num_res_blocks=[1, 1], channel_mult=[1, 2], num_heads=2, transformer_depth=[1, 1], dtype=torch.float32)
+    network = comfy.cldm.cldm.ControlNet(hint_channels=3, **config)
+    randomise(network, 7)
+    control = comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"), manual_cast_dtype=None)
+    hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(1))
+    positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(cond(1), cond(2), control, hint, 1.0, 0.0, 1.0)
+    noise, sigmas = noise_of(2), schedule(model)
+    guided, _ = run(guider(model, positive, negative, thresholds="", scale_factor=200), noise=noise, sigmas=sigmas)
+    with_control = recorded[0]
+    recorded.clear()
+    run(guider(model, positive, negative, thresholds="", memory="low"), noise=noise, sigmas=sigmas)
+    torch.testing.assert_close(recorded[0], with_control, rtol=1e-4, atol=1e-5 * with_control[1].abs().max().item())
+    recorded.clear()
+    run(guider(model, thresholds=""), noise=noise, sigmas=sigmas)
+    assert (with_control[0] - recorded[0][0]).abs().max() > 1e-6
+    plain, _ = run(plain_guider(model, positive, negative), noise=noise, sigmas=sigmas)
+    assert guided.isfinite().all()
+    assert (guided - plain).abs().max() > 1e-4
+
+
+def test_a_model_without_text_is_refused(guider, tmp_path):
+    path = tiny_dit.write(tmp_path / "dit.safetensors", tiny_dit.bare(tiny_dit.tiny()))
+    with pytest.raises(ValueError, match="no attention to text"):
+        guider(tiny_dit.load_dit(path), cond(1), cond(2))
