@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import host
-from .excite_losses import ExciteObjective, GuidedPrompt, Loss, LossSettings, Subject
+from .excite_losses import ExciteObjective, GuidedPrompt, LossSettings, Subject
 from .gradient import Gradient, Memory, ModelPass
 from .host import log
 from .sites import CaptureLayer, capture_layers, layer_grid, network_layout
@@ -68,7 +68,7 @@ class ExciteSettings:
         if self.max_refinements < 0:
             raise ValueError(f"max_refinements is {self.max_refinements}: use 0 (no refinement) or more (paper: 20).")
         if self.attention_grid < 0:
-            raise ValueError(f"attention_grid is {self.attention_grid}: use 0 (the paper's rule) or a number of tokens, such as 16.")
+            raise ValueError(f"attention_grid is {self.attention_grid}: use 0 (the paper's rule) or a number of tokens.")
 
     def guided_steps(self, steps: int) -> int:
         return round(self.guide_until * steps)
@@ -142,10 +142,10 @@ def guided_prompts(conditioning: Sequence[Any], subjects: str, clip: Any = None,
         if item not in seen:
             raise ValueError(f"subjects: {missing[item]}") from missing[item]
     if not any(found):
-        words = ", ".join(dict.fromkeys(word for info in infos for word in info.tokens.words()))
+        listed = ", ".join(dict.fromkeys(word for info in infos for word in info.tokens.words()))
         raise ValueError(
             "No subjects are given. Write words of the prompt in 'subjects', separated by commas, or put them in square "
-            f"brackets in 'Prompt with Subjects'. Words in the prompt: {words}"
+            f"brackets in 'Prompt with Subjects'. Words in the prompt: {listed}"
         )
     return found
 
@@ -156,14 +156,14 @@ def _numbered(word: Any, subjects: Sequence[Any]) -> str:
 
 def _at_positions(entry: Any, positions: list[int], clip: Any, text: str) -> GuidedPrompt:
     """Subjects given as token positions need no words, only a text."""
-    tensor, options = (entry.get("cross_attn"), entry) if isinstance(entry, dict) else entry
+    tensor, options = (entry["cross_attn"], entry) if isinstance(entry, dict) else entry
     known: TokenMap | None = None
     if METADATA in options or (clip is not None and text.strip()):
         try:
             known = prompt_infos([entry], clip, text.strip() or None)[0].tokens
         except UnknownEncoder:
             known = None
-    length = known.length if known is not None else tensor.shape[1]
+    length = known.length if known is not None else int(tensor.shape[1])
     for position in positions:
         if not 0 <= position < length:
             raise ValueError(

@@ -24,7 +24,7 @@ _aten = torch.ops.aten
 def ordinary(tensor: Tensor) -> Tensor:
     """An ordinary tensor on the memory of an inference tensor. (``detach`` and ``view`` would be inference tensors again.)"""
     alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]
+    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 # They keep their input for the gradient, and transformers add to their tokens in place right behind them. (Where blocks are
@@ -139,7 +139,7 @@ class _Frozen(torch.autograd.Function):
         return ordinary(y)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         saved = ctx.saved_tensors
         with torch.inference_mode(), host.cast_weights(ctx.module, gradient) as (weight, bias):
             result = ctx.rule(ctx.module, gradient, saved[0] if saved else None, weight, bias, ctx.shape)
@@ -155,7 +155,7 @@ def _frozen_forward(module: nn.Module, rule: Rule, keeps_input: bool, adds_in_pl
             return forward(x, *args, **kwargs)
         if torch.is_grad_enabled() and x.requires_grad:
             kept = (x if in_place_safe else x.detach().clone()) if keeps_input else None
-            return _Frozen.apply(x, module, forward, rule, kept)  # type: ignore[no-any-return]
+            return _Frozen.apply(x, module, forward, rule, kept)
         with torch.inference_mode():
             y = forward(x.detach())
         return ordinary(y)

@@ -151,7 +151,7 @@ class _Watch:
 
         def compute() -> Tensor:
             forms = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape, "_inside_attn_wrapper": True}
-            return attention_pytorch(q, k, v, heads, mask, attn_precision, **{**kwargs, **forms})  # type: ignore[no-any-return]
+            return attention_pytorch(q, k, v, heads, mask, attn_precision, **{**kwargs, **forms})
 
         if not self.running:
             return compute()
@@ -200,7 +200,8 @@ class ModelPass:
         self.options = host.private_options(options, keeps_patches=keeps_patches)
         self.layers = list(layers)
         self.memory = memory
-        self.level: _Level | None = None
+        self.level = _Level.KEEP_ALL
+        self._level_chosen = False
 
     def look(self, cond: dict[str, Any], x: Tensor, sigma: Tensor, measure: Measure) -> Measurements:
         """One forward without a gradient. Empty where the cond is not active at this sigma."""
@@ -233,7 +234,7 @@ class ModelPass:
             try:
                 return self._gradient(cond, x, sigma, objective, self.parts(x, rows))
             except Exception as error:
-                if self.memory is not Memory.AUTO or not host.is_out_of_memory(error) or self.level == _Level(max(_Level)):
+                if self.memory is not Memory.AUTO or not host.is_out_of_memory(error) or self.level == max(_Level):
                     raise
             self.level = _Level(self.level + 1)
             log.info("Out of memory in a gradient pass: trying again with less (memory 'low' does so from the start).")
@@ -241,8 +242,8 @@ class ModelPass:
 
     def parts(self, x: Tensor, rows: Tensor) -> list[Tensor]:
         """The pictures of a gradient pass as they are computed: together, or one at a time to save memory."""
-        if self.level is None:
-            self.level = self._first_level(x)
+        if not self._level_chosen:
+            self.level, self._level_chosen = self._first_level(x), True
         return list(rows.split(1)) if self.level == _Level.ONE_PICTURE_AT_A_TIME else [rows]
 
     def _gradient(

@@ -234,8 +234,8 @@ def call_with_cond(
 
 def cond_region(cond: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
     """The part of ``x`` that a cond with an area works on, as a view."""
-    area = cond.get("area")
-    for dimension in range(len(area) // 2 if area is not None else 0):
+    area: Sequence[int] = cond.get("area") or ()
+    for dimension in range(len(area) // 2):
         start = area[len(area) // 2 + dimension]
         x = x.narrow(dimension + 2, start, min(x.shape[dimension + 2] - start, area[dimension]))
     return x
@@ -452,7 +452,7 @@ class Progress:
 
 def compute_dtype(base_model: Any) -> torch.dtype:
     """What the network computes in."""
-    return base_model.manual_cast_dtype or base_model.get_dtype()  # type: ignore[no-any-return]
+    return base_model.manual_cast_dtype or base_model.get_dtype()
 
 
 def forward_memory(base_model: Any, x: torch.Tensor) -> float:

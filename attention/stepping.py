@@ -136,4 +136,3 @@ def seen_by_the_model(model: Any, x: Tensor, sigma: Tensor, call: dict[str, Any]
     base_model = model.inner_model.inner_model
     known = base_model.scale_latent_inpaint(x=x, sigma=sigma, noise=model.noise, latent_image=model.latent_image)
     return x * mask + known * (1 - mask), mask
-

@@ -28,15 +28,21 @@ class AttendExciteGuider(io.ComfyNode):
             ),
             search_aliases=["attend and excite", "missing subject", "neglect", "catastrophic neglect", "two objects", "guider"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to guide. It must look at a text prompt (SD1.5, SDXL, SD3, Flux, ...)."),
-                io.Conditioning.Input("positive", tooltip="The prompt, from 'Prompt with Subjects' (or any encoder, with clip and text)."),
+                io.Model.Input(
+                    "model", tooltip="The model to guide. It must look at a text prompt (SD1.5, SDXL, SD3, Flux, ...)."
+                ),
+                io.Conditioning.Input(
+                    "positive", tooltip="The prompt, from 'Prompt with Subjects' (or any encoder, with clip and text)."
+                ),
                 io.Conditioning.Input("negative", tooltip="The negative prompt."),
-                io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="Strength of the prompt, as in KSampler."),
+                io.Float.Input(
+                    "cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="Strength of the prompt, as in KSampler."
+                ),
                 io.String.Input(
                     "subjects",
                     default="",
-                    tooltip="Words of the prompt that must be in the picture, separated by commas: cat, red frog. Empty: what is in "
-                    "square brackets in 'Prompt with Subjects'. Token positions such as 2, 5 work too.",
+                    tooltip="Words of the prompt that must be in the picture, separated by commas: cat, red frog. Empty: what "
+                    "is in square brackets in 'Prompt with Subjects'. Token positions such as 2, 5 work too.",
                 ),
                 io.Float.Input(
                     "guide_until",
@@ -44,8 +50,8 @@ class AttendExciteGuider(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the steps that are guided. The layout is decided early; more costs time and may harm detail. "
-                    "0 leaves only the refinement of the thresholds.",
+                    tooltip="Share of the steps that are guided. The layout is decided early; more costs time and may harm "
+                    "detail. 0 leaves only the refinement of the thresholds.",
                 ),
                 io.Float.Input(
                     "scale_factor",
@@ -53,11 +59,17 @@ class AttendExciteGuider(io.ComfyNode):
                     min=0.0,
                     max=1000.0,
                     step=0.5,
-                    tooltip="How far each nudge goes. Raise it when a subject is still missing, lower it when the picture breaks.",
+                    tooltip="How far each nudge goes. Raise it when a subject is still missing, lower it when the picture "
+                    "breaks.",
                 ),
                 advanced(
                     io.Float.Input(
-                        "scale_end", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="How much of the nudge is left at the last step (under a square root)."
+                        "scale_end",
+                        default=0.5,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="How much of the nudge is left at the last step (under a square root).",
                     )
                 ),
                 advanced(
@@ -69,7 +81,9 @@ class AttendExciteGuider(io.ComfyNode):
                     )
                 ),
                 advanced(
-                    io.Int.Input("max_refinements", default=20, min=0, max=1000, tooltip="Most nudges at one threshold. Fewer is faster.")
+                    io.Int.Input(
+                        "max_refinements", default=20, min=0, max=1000, tooltip="Most nudges at one threshold. Fewer is faster."
+                    )
                 ),
                 advanced(
                     io.Int.Input(
@@ -77,19 +91,29 @@ class AttendExciteGuider(io.ComfyNode):
                         default=0,
                         min=0,
                         max=256,
-                        tooltip="Where attention is read: tokens along the longer side. 0: a quarter of the latent's side, as published "
-                        "(16 for SD1.5 at 512 px).",
+                        tooltip="Where attention is read: tokens along the longer side. 0: a quarter of the latent's side, as "
+                        "published (16 for SD1.5 at 512 px).",
                     )
                 ),
-                advanced(io.Boolean.Input("smoothing", default=True, tooltip="Smooth the maps, so that a subject is more than one dot.")),
-                advanced(io.Float.Input("sigma", default=0.5, min=0.01, max=10.0, step=0.01, tooltip="Width of the smoothing, in tokens.")),
-                advanced(io.Int.Input("kernel_size", default=3, min=1, max=31, step=2, tooltip="Size of the smoothing kernel; odd.")),
+                advanced(
+                    io.Boolean.Input(
+                        "smoothing", default=True, tooltip="Smooth the maps, so that a subject is more than one dot."
+                    )
+                ),
+                advanced(
+                    io.Float.Input(
+                        "sigma", default=0.5, min=0.01, max=10.0, step=0.01, tooltip="Width of the smoothing, in tokens."
+                    )
+                ),
+                advanced(
+                    io.Int.Input("kernel_size", default=3, min=1, max=31, step=2, tooltip="Size of the smoothing kernel; odd.")
+                ),
                 io.Combo.Input(
                     "loss",
                     options=[loss.value for loss in Loss],
                     default=Loss.ATTEND_EXCITE.value,
-                    tooltip="attend-and-excite: the weakest subject's strongest spot is made stronger. divide-and-bind: its map gets "
-                    "more contrast, which helps several of a kind.",
+                    tooltip="attend-and-excite: the weakest subject's strongest spot is made stronger. divide-and-bind: its map "
+                    "gets more contrast, which helps several of a kind.",
                 ),
                 io.Float.Input(
                     "overlap",
@@ -97,7 +121,8 @@ class AttendExciteGuider(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.05,
-                    tooltip="Also keep subjects apart: weight of the overlap of their maps. Try 1 when two subjects melt into one.",
+                    tooltip="Also keep subjects apart: weight of the overlap of their maps. Try 1 when two subjects melt into "
+                    "one.",
                 ),
                 advanced(
                     io.Float.Input(
@@ -113,10 +138,12 @@ class AttendExciteGuider(io.ComfyNode):
                     "memory",
                     options=[memory.value for memory in Memory],
                     default=Memory.AUTO.value,
-                    tooltip="fast keeps everything for the backward pass; low computes blocks twice, one picture at a time, for a "
-                    "fraction of the memory. auto goes by the free memory.",
+                    tooltip="fast keeps everything for the backward pass; low computes blocks twice, one picture at a time, for "
+                    "a fraction of the memory. auto goes by the free memory.",
                 ),
-                io.Clip.Input("clip", optional=True, tooltip="Only for prompts of other encoders: the text encoder they were made with."),
+                io.Clip.Input(
+                    "clip", optional=True, tooltip="Only for prompts of other encoders: the text encoder they were made with."
+                ),
                 io.String.Input(
                     "text",
                     optional=True,
@@ -126,10 +153,10 @@ class AttendExciteGuider(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced or Attention Distillation."),
+                io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced or Attention Distillation Sampler."),
                 AttnMapsSocket.Output(
                     display_name="attn_maps",
-                    tooltip="Where the guided run looked, in the layers that are guided. Filled when the sampler has run.",
+                    tooltip="Where the guided run looked, for Attention Map Preview. Filled when the sampler has run.",
                 ),
             ],
         )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.samplers
-import nodes
 import pytest
 import tiny_dit
 import tiny_text
 import torch
 from families import FAMILIES
 from tiny_unet import UNET_CONFIG, cond, randomise, reference_cases, small_model, vector_model
+
+import nodes
 
 CASES = reference_cases("ae")
 
@@ -189,8 +190,9 @@ def model():
 
 @pytest.mark.parametrize("name", [name for name in comfy.samplers.SAMPLER_NAMES if name not in REFUSED])
 def test_an_update_at_the_first_step_equals_starting_from_the_moved_noise(guider, model, name):
-    sigmas, noise = schedule(model), noise_of()
-    guided, steps = run(guider(model, guide_until=1 / STEPS, thresholds="", scale_factor=200), noise=noise, sigmas=sigmas, sampler=name)
+    sigmas, noise = schedule(model, 3), noise_of()
+    guide = guider(model, guide_until=1 / 3, thresholds="", scale_factor=200)
+    guided, steps = run(guide, noise=noise, sigmas=sigmas, sampler=name)
     untouched, plain_steps = run(plain_guider(model), noise=noise, sigmas=sigmas, sampler=name)
     factor = (1 + sigmas[0] ** 2).sqrt()
     start = steps[0][0] / factor
@@ -279,7 +281,10 @@ def test_regional_prompts_move_their_region_only(guider, model):
 
 
 def test_a_prompt_that_is_not_active_guides_nothing(guider, model):
-    late = [[cond(1)[0][0], {"start_percent": 0.6, "end_percent": 1.0}], [cond(4)[0][0], {"start_percent": 0.0, "end_percent": 1.0}]]
+    late = [
+        [cond(1)[0][0], {"start_percent": 0.6, "end_percent": 1.0}],
+        [cond(4)[0][0], {"start_percent": 0.0, "end_percent": 1.0}],
+    ]
     guide = guider(model, late, thresholds="")
     guide.prompts[1] = None
     guided, _ = run(guide, noise=noise_of(), sigmas=schedule(model))

@@ -49,8 +49,9 @@ def generate(
     seed: int, batch: int = 16, mark: str = "both",
 ) -> tuple[Tensor, float]:  # fmt: skip
     """Pictures [N, 256, 256, 3] and the seconds that sampling took. Prompt number i gets noise number i of ``seed``."""
-    import nodes
     from comfy_extras import nodes_custom_sampler as core
+
+    import nodes
 
     def run(name: str, **inputs: Any) -> Any:
         node = getattr(core, name)
