@@ -3,6 +3,7 @@
 from .attn_capture import AttnMapCapture
 from .attn_files import FoveaLoadAttnMaps, FoveaSaveAttnMaps
 from .attn_preview import AttnMapPreview
+from .distill import AttentionDistillSampler
 from .dit import DiTClassLabel, DiTLoader, DiTSampler
 from .excite import AttendExciteGuider
 from .prompt import FoveaPrompt
@@ -19,4 +20,5 @@ NODES = [
     DiTClassLabel,
     DiTSampler,
     AttendExciteGuider,
+    AttentionDistillSampler,
 ]
