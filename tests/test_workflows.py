@@ -263,3 +263,45 @@ def test_the_t_gate_workflow_reuses_attention(run: Callable[[Path], Run]) -> Non
     plain, faster = finished.pictures.values()
     difference = float(np.abs(plain - faster).mean())
     assert 0 < difference < 40, "another picture, but of the same scene"
+
+
+# ------------------------------------------------------------------------------------------ Attend-and-Excite
+
+
+EXCITE = workflow_files.FOLDER / "Attend-and-Excite - every subject in the picture.json"
+
+
+def test_the_excite_workflow_shows_the_nodes_defaults(object_info: dict[str, Any]) -> None:
+    """But for what its notes explain: the demo model wants a finer grid, a stronger nudge and its own cfg."""
+    node = next(node for node in load(EXCITE)["nodes"] if node["type"] == "AttendExciteGuider")
+    inputs = object_info["AttendExciteGuider"]["input"]
+    specs = {**inputs["required"], **inputs["optional"]}
+    defaults = {name: options[0]["default"] for name, (kind, *options) in specs.items() if kind in WIDGET_TYPES}
+    differing = {name for (name, value), own in zip(defaults.items(), node["widgets_values"], strict=True) if own != value}
+    assert differing <= {"cfg", "attention_grid", "scale_factor"}
+
+
+def test_the_excite_workflow_compares_equal_runs() -> None:
+    """Its two samplers differ in their guider and in nothing else, and the guiders have the same prompts and cfg."""
+    workflow = load(EXCITE)
+    sources = {link[0]: tuple(link[1:3]) for link in workflow["links"]}
+
+    def wires(kind: str) -> list[dict[str, Any]]:
+        nodes = [node for node in workflow["nodes"] if node["type"] == kind]
+        return [{i["name"]: sources[i["link"]] for i in node["inputs"] if i["link"] is not None} for node in nodes]
+
+    plain, guided = wires("SamplerCustomAdvanced")
+    assert {name for name in plain if plain[name] != guided[name]} == {"guider"}
+    ordinary, ours = wires("CFGGuider")[0], wires("AttendExciteGuider")[0]
+    assert {name for name in ordinary if ordinary[name] != ours[name]} == {"model"}  # its maps are captured
+    guiders = [node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in ("CFGGuider", "AttendExciteGuider")]
+    assert len(set(guiders)) == 1, "the same cfg"
+
+
+@pytest.mark.server
+def test_the_excite_workflow_guides_half_of_the_steps(run: Callable[[Path], Run]) -> None:
+    finished = run(EXCITE)
+    steps = next(node["widgets_values"][1] for node in load(EXCITE)["nodes"] if node["type"] == "BasicScheduler")
+    assert f"Attend-and-Excite: {round(0.5 * steps)} guided steps" in finished.log
+    plain, guided = (finished.pictures[node] for node in ("22", "26"))
+    assert np.abs(plain - guided).mean() > 1, "another picture"
