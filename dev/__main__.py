@@ -25,6 +25,7 @@ import suite
 from stages import SetupError
 
 INSIDE = "FOVEA_INSIDE"
+_SHARED_BY_BENCHMARKS = {"__init__", "measure", "memory", "models", "daam_worker"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser
     demo.add_arguments(add("demo", parents=[host], help="run a shipped workflow on a real ComfyUI with the embedded model"))
     add("test", parents=[host], help="run every check on every pinned ComfyUI; what follows -- goes to pytest")
-    add("eval", parents=[host], add_help=False, help="measure the embedded model; see eval --help")
+    add("eval", parents=[host], add_help=False, help="measure the embedded model, or a technique on it: eval [NAME]; eval --help")
     bench = add("bench", parents=[host], add_help=False, help="measure speed and memory; bench NAME --help")
     bench.add_argument("name", choices=benchmarks(), metavar="NAME", help=f"one of: {', '.join(benchmarks())}")
     add("env", parents=[host], help="only make the environment and the hosts, and say where they are")
@@ -44,7 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def benchmarks() -> list[str]:
-    return sorted(path.stem for path in (environment.DEV / "bench").glob("*.py") if path.stem not in ("__init__", "measure"))
+    """The modules of ``dev/bench`` that can be run; what they share is in the others."""
+    return sorted(path.stem for path in (environment.DEV / "bench").glob("*.py") if path.stem not in _SHARED_BY_BENCHMARKS)
 
 
 def prepare(arguments: argparse.Namespace) -> environment.Environment:
@@ -78,8 +80,21 @@ def run_inside(arguments: argparse.Namespace, rest: list[str]) -> int:
     """The command itself, now that this Python has all it needs."""
     if arguments.command == "demo":
         return demo.main(Path(os.environ["COMFYUI_PATH"]), arguments)
-    folder, name = ("scenes", "evaluate") if arguments.command == "eval" else ("bench", arguments.name)
-    return run_script(environment.DEV / folder / f"{name}.py", rest)
+    if arguments.command == "eval":
+        script, rest = evaluation(rest)
+        return run_script(script, rest)
+    return run_script(environment.DEV / "bench" / f"{arguments.name}.py", rest)
+
+
+def evaluation(rest: list[str]) -> tuple[Path, list[str]]:
+    """The script of ``eval [NAME]``, and what is left for it."""
+    folder = environment.DEV / "scenes"
+    if not rest or rest[0].startswith("-"):
+        return folder / "evaluate.py", rest
+    named = {path.stem.removeprefix("evaluate_"): path for path in sorted(folder.glob("evaluate_*.py"))}
+    if rest[0] not in named:
+        sys.exit(f"python dev eval: there is no evaluation '{rest[0]}'; choose one of: {', '.join(named)} (or none: the model)")
+    return named[rest[0]], rest[1:]
 
 
 def run_outside(arguments: argparse.Namespace, rest: list[str], line: list[str]) -> int:

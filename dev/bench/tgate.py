@@ -23,6 +23,7 @@ from host_inprocess import load_pack, pack_nodes, start_host
 from scenes import evaluate
 
 from bench.measure import machine, multiply_accumulates, ratios, table, take_turns
+from bench.models import sampler, sd15_shaped
 
 PUBLISHED = "drop (keep negative, as published)"
 STEPS = 25
@@ -67,51 +68,6 @@ def watched_runs():
 
 
 # --- speed ----------------------------------------------------------------------------------------------------------
-
-
-def sd15_shaped() -> Any:
-    """The SD1.5 U-Net at real size with small random weights, as the host builds it."""
-    import comfy.model_base
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    config = {
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2] * 4,
-        "channel_mult": [1, 2, 4, 4], "transformer_depth": [1] * 6 + [0] * 2, "transformer_depth_output": [1] * 9 + [0] * 3,
-        "transformer_depth_middle": 1, "context_dim": 768, "num_heads": 8, "num_head_channels": -1,
-        "use_spatial_transformer": True, "use_linear_in_transformer": False, "legacy": False, "adm_in_channels": None,
-        "use_temporal_attention": False, "use_checkpoint": False, "dtype": torch.float32,
-    }  # fmt: skip
-    model = comfy.model_base.BaseModel(comfy.supported_models.SD15(config))
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            parameter.requires_grad_(False)
-            if name == "weight" and "Norm" in type(module).__name__:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0, 0.02, generator=generator)
-    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    return kind(model.eval(), load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
-
-
-def sampler(model: Any, steps: int, latent: torch.Tensor, context: int) -> Callable[[], torch.Tensor]:
-    """One sampling run with fixed noise and prompts."""
-    import comfy.sample
-
-    noise, positive, negative = (
-        torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        for seed, shape in enumerate((latent.shape, (1, 77, context), (1, 77, context)))
-    )
-
-    def run() -> torch.Tensor:
-        with torch.inference_mode():
-            return comfy.sample.sample(
-                model, noise, steps, 7.5, "euler", "normal", [[positive, {}]], [[negative, {}]], latent,
-                seed=0, disable_pbar=True,
-            )  # fmt: skip
-
-    return run
 
 
 def speed_part(args: argparse.Namespace) -> str:

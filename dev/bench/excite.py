@@ -1,0 +1,417 @@
+"""Attend-and-Excite: time and memory beside diffusers' StableDiffusionAttendAndExcitePipeline.
+
+    python dev bench excite [--size PX] [--steps N] [--pairs N] [--refinements N] [--memory fast low] [--threads N] [--tiny]
+
+Both sides sample with the same random weights in SD1.5's shape, the same noise, prompts, token positions, times and
+published settings, taking turns in one process. Before that their networks' predictions are compared, after it the latents
+they end with: they must have done the same work. Random weights never meet a threshold, so the thresholds are set to 1 and
+the number of refinements at each is fixed: the same small number on both sides.
+
+Time comes from inside whole runs: step by step, and gradient pass by gradient pass (forward and backward). Memory is what
+torch holds beyond the resting state, with and without the kernels' own scratch space (``bench.memory``), in one gradient
+pass and in a whole refined step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+from unittest import mock
+
+import torch
+from host_inprocess import load_pack, pack_nodes, start_host
+from torch import Tensor
+
+from bench.measure import Timings, machine, ratios, table, take_turns
+from bench.memory import AllocatedMemory, HeldTensors
+from bench.models import SD15, TINY, TOKENS, Shape, as_diffusers, random_tensor, sd15_shaped
+
+SUBJECTS = (2, 5)  # as in "a cat and a frog"
+CFG = 7.5
+PUBLISHED_FRACTIONS = (0.0, 0.2, 0.4)  # of the steps: where the published thresholds are
+NEVER_MET = 1.0
+THEIRS = "diffusers"
+PLAIN_FORWARD = "a forward without a gradient, ours"
+SAME_NETWORK = 1e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run's settings: the published ones, scaled to the number of steps."""
+
+    shape: Shape = SD15
+    size: int = 256
+    steps: int = 10
+    refinements: int = 2
+    guide_until: float = 0.5
+
+    @property
+    def guided(self) -> int:
+        return round(self.guide_until * self.steps)
+
+    @property
+    def threshold_steps(self) -> list[int]:
+        """Steps that are refined."""
+        return sorted({min(round(fraction * self.steps), self.steps - 1) for fraction in PUBLISHED_FRACTIONS if self.refinements})
+
+    def steps_of(self, guided: bool, refined: bool = False) -> list[int]:
+        """Steps of one kind; the first of all, in which runs also get ready, is not among them."""
+        return [i for i in range(1, self.steps) if (i in self.threshold_steps) is refined and (i < self.guided) is guided]
+
+    @property
+    def noise(self) -> Tensor:
+        return random_tensor(0, 1, 4, self.size // 8, self.size // 8)
+
+    @property
+    def prompts(self) -> tuple[Tensor, Tensor]:
+        """Positive and negative."""
+        return random_tensor(1, 1, TOKENS, self.shape.context), random_tensor(2, 1, TOKENS, self.shape.context)
+
+
+# --- what is watched in a run ----------------------------------------------------------------------------------------------
+
+
+class Meter(Protocol):
+    """Told when a pass that keeps a graph begins, and when it has given its gradient."""
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+@dataclass
+class Passes:
+    """Gradient passes of one run.
+
+    Attributes:
+        forwards: that kept a graph, whether or not a gradient was taken.
+        seconds: of each gradient, with its forward.
+    """
+
+    forwards: int = 0
+    seconds: list[float] = field(default_factory=list)
+    _began: float = 0.0
+
+    def start(self) -> None:
+        self.forwards += 1
+        self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        self.seconds.append(time.perf_counter() - self._began)
+
+
+@dataclass
+class Ran:
+    """One whole run: when it began and when each step ended, its gradient passes, and the latent it ended with."""
+
+    stamps: list[float]
+    passes: Passes
+    latent: Tensor
+
+    def step_seconds(self, steps: Sequence[int]) -> float | None:
+        return statistics.median(self.stamps[i + 1] - self.stamps[i] for i in steps) if steps else None
+
+    def figures(self, case: Case) -> dict[str, float | None]:
+        return {
+            "whole run": self.stamps[-1] - self.stamps[0],
+            "guided step": self.step_seconds(case.steps_of(True)),
+            f"guided step, refined {case.refinements} times": self.step_seconds(case.steps_of(True, refined=True)),
+            "step that is not guided": self.step_seconds(case.steps_of(False)),
+            "gradient pass (a refinement)": statistics.median(self.passes.seconds),
+        }
+
+
+# --- the two sides ---------------------------------------------------------------------------------------------------------
+
+Side = Callable[[Case, Meter], tuple[list[float], Tensor]]
+
+
+class Setup:
+    """Our model, and diffusers' pipeline around the same weights."""
+
+    def __init__(self, shape: Shape) -> None:
+        from diffusers import DDIMScheduler, StableDiffusionAttendAndExcitePipeline
+        from diffusers.utils import logging
+
+        logging.set_verbosity_error()
+        self.model = sd15_shaped(shape)
+        # Scheduled as published for SD1.x, down to a clean latent as the host's samplers go.
+        scheduler = DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
+            set_alpha_to_one=True,
+        )  # fmt: skip
+        pipeline: Any = StableDiffusionAttendAndExcitePipeline
+        self.pipe = pipeline(
+            vae=None, text_encoder=None, tokenizer=None, unet=as_diffusers(self.model, shape), scheduler=scheduler,
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def sigmas(self, steps: int) -> Tensor:
+        """The host's name for the times at which diffusers samples."""
+        self.pipe.scheduler.set_timesteps(steps)
+        known = self.model.get_model_object("model_sampling").sigmas
+        return torch.cat([known[self.pipe.scheduler.timesteps.cpu()], known.new_zeros(1)])
+
+    # Forwards
+
+    def our_forward(self, case: Case) -> Tensor:
+        with torch.inference_mode():
+            return self.model.model.diffusion_model(case.noise, torch.tensor([500.0]), context=case.prompts[0])
+
+    def their_forward(self, case: Case) -> Tensor:
+        with torch.no_grad():
+            return self.pipe.unet(case.noise, torch.tensor(500), encoder_hidden_states=case.prompts[0]).sample
+
+    # Whole runs
+
+    def ours(self, case: Case, meter: Meter, memory: str) -> tuple[list[float], Tensor]:
+        """What SamplerCustomAdvanced does with our node's guider."""
+        import comfy.samplers
+
+        positive, negative = ([[prompt, {}]] for prompt in case.prompts)
+        guider = pack_nodes()["AttendExciteGuider"].execute(
+            self.model, positive, negative, cfg=CFG, subjects=", ".join(map(str, SUBJECTS)), guide_until=case.guide_until,
+            thresholds=", ".join(f"{fraction}:{NEVER_MET}" for fraction in PUBLISHED_FRACTIONS if case.refinements),
+            max_refinements=case.refinements, memory=memory,
+        )[0]  # fmt: skip
+        euler, sigmas = comfy.samplers.sampler_object("euler"), self.sigmas(case.steps)
+        stamps = [time.perf_counter()]
+        with torch.inference_mode(), our_passes(meter):
+            sampled = guider.sample(
+                case.noise, torch.zeros_like(case.noise), euler, sigmas, disable_pbar=True, seed=0,
+                callback=lambda *_: stamps.append(time.perf_counter()),
+            )  # fmt: skip
+            return stamps, self.model.model.process_latent_in(sampled)
+
+    def theirs(self, case: Case, meter: Meter) -> tuple[list[float], Tensor]:
+        """The pipeline as it is, but for the most refinements at a threshold, which it does not let one choose."""
+        sigma = float(self.sigmas(case.steps)[0])
+        refine = functools.partial(
+            type(self.pipe)._perform_iterative_refinement_step, self.pipe, max_refinement_steps=case.refinements
+        )
+        stamps = [time.perf_counter()]
+        with mock.patch.object(self.pipe, "_perform_iterative_refinement_step", refine), their_passes(self.pipe, meter):
+            sampled = self.pipe(
+                None, list(SUBJECTS), case.size, case.size, case.steps, CFG, latents=case.noise * sigma / (1 + sigma**2) ** 0.5,
+                prompt_embeds=case.prompts[0], negative_prompt_embeds=case.prompts[1], output_type="latent",
+                callback=lambda *_: stamps.append(time.perf_counter()), max_iter_to_alter=case.guided,
+                thresholds=dict.fromkeys(case.threshold_steps, NEVER_MET), attn_res=(case.size // 32, case.size // 32),
+            ).images  # fmt: skip
+        return stamps, sampled
+
+    def sides(self, memories: Sequence[str]) -> dict[str, Side]:
+        found: dict[str, Side] = {THEIRS: self.theirs}
+        return found | {f"ours, {memory}": functools.partial(self.ours, memory=memory) for memory in memories}
+
+
+@contextmanager
+def our_passes(meter: Meter) -> Iterator[None]:
+    load_pack()
+    from fovea_attention.attention.gradient import ModelPass
+
+    gradient = ModelPass.gradient
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        meter.start()
+        found = gradient(*args, **kwargs)
+        meter.stop()
+        return found
+
+    with mock.patch.object(ModelPass, "gradient", watched):
+        yield
+
+
+@contextmanager
+def their_passes(pipe: Any, meter: Meter) -> Iterator[None]:
+    """A pass begins with a forward that keeps a graph, and has given its gradient when the latent was moved."""
+    forward, move = pipe.unet.forward, pipe._update_latent
+
+    def watched_forward(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            meter.start()
+        return forward(*args, **kwargs)
+
+    def watched_move(*args: Any, **kwargs: Any) -> Any:
+        moved = move(*args, **kwargs)
+        meter.stop()
+        return moved
+
+    with mock.patch.object(pipe.unet, "forward", watched_forward), mock.patch.object(pipe, "_update_latent", watched_move):
+        yield
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------------
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest one, as a share of the largest value."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def check_networks(setup: Setup, case: Case) -> float:
+    found = difference(setup.our_forward(case), setup.their_forward(case))
+    if not found <= SAME_NETWORK:
+        raise SystemExit(f"The two networks differ by {found:.1e}, so their times cannot be compared.")
+    return found
+
+
+def measure_time(
+    setup: Setup, case: Case, memories: Sequence[str], pairs: int, say: Callable[[str], None] = print
+) -> tuple[dict[str, list[Ran]], dict[str, Timings]]:
+    """All runs of each side after the first, and the times of a single forward, taken in the same turns."""
+    runs: dict[str, list[Ran]] = {}
+
+    def whole_run(name: str, side: Side) -> None:
+        passes = Passes()
+        stamps, latent = side(case, passes)
+        runs.setdefault(name, []).append(Ran([*stamps[:-1], time.perf_counter()], passes, latent))
+
+    variants: dict[str, Callable[[], object]] = {
+        "forward, ours": lambda: setup.our_forward(case), "forward, diffusers": lambda: setup.their_forward(case)
+    }  # fmt: skip
+    variants |= {name: functools.partial(whole_run, name, side) for name, side in setup.sides(memories).items()}
+    timings = take_turns(variants, pairs, say)
+    return {name: ran[1:] for name, ran in runs.items()}, {name: timings[name] for name in timings if name not in runs}
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes beyond the resting state: ``HeldTensors`` and ``AllocatedMemory`` of one gradient pass, and the latter of a step.
+
+    The step is a whole run of one that is refined twice and guided; a plain forward, for comparison, is of no step.
+    """
+
+    held: int
+    allocated: int
+    step: int | None = None
+
+
+def measure_memory(setup: Setup, case: Case, memories: Sequence[str] = ("fast", "low")) -> dict[str, Peaks]:
+    """The peaks of each side."""
+    alone = replace(case, steps=1, guide_until=1.0, refinements=0)
+    found = {}
+    for name, side in setup.sides(memories).items():
+        side(alone, Passes())
+        held, allocated, step = HeldTensors(), AllocatedMemory(), AllocatedMemory()
+        for meter in (held, allocated):
+            gc.collect()
+            side(alone, meter)
+        gc.collect()
+        with step:
+            side(replace(alone, refinements=2), Passes())
+        found[name] = Peaks(held.peak, allocated.peak, step.peak)
+    return found | {PLAIN_FORWARD: forward_memory(setup, case)}
+
+
+def forward_memory(setup: Setup, case: Case) -> Peaks:
+    with HeldTensors() as held:
+        setup.our_forward(case)
+    with AllocatedMemory() as allocated:
+        setup.our_forward(case)
+    return Peaks(held.peak, allocated.peak)
+
+
+# --- the report ------------------------------------------------------------------------------------------------------------
+
+
+def time_table(case: Case, runs: dict[str, list[Ran]], forwards: dict[str, Timings]) -> str:
+    unit = forwards["forward, ours"].median
+    others = [name for name in runs if name != THEIRS]
+    figures = {name: [run.figures(case) for run in ran] for name, ran in runs.items()}
+    rows: list[list[str]] = []
+    for row in figures[THEIRS][0]:
+        timings = {
+            name: Timings([seconds for run in found if (seconds := run[row]) is not None]) for name, found in figures.items()
+        }
+        if not timings[THEIRS].seconds:
+            continue
+        cells = [f"{timing.median:.3f} s, {timing.median / unit:.2f} F" for timing in timings.values()]
+        rows.append([row, *cells, *(in_words(ratios(timings[THEIRS], timings[name])) for name in others)])
+    medians = ", ".join(f"{timing.median:.3f} s ({name.removeprefix('forward, ')})" for name, timing in forwards.items())
+    header = ["median", *runs, *(f"{THEIRS} : {name} (lowest to highest)" for name in others)]
+    return f"{table(header, rows)}\n\nF is a forward of the positive prompt alone: {medians}; ours is the unit."
+
+
+def in_words(ratio: tuple[float, float, float]) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(*ratio)
+
+
+def count_table(case: Case, runs: dict[str, list[Ran]]) -> str:
+    refined = case.refinements * len(case.threshold_steps)
+    rows = [
+        (name, refined, ran[0].passes.forwards, len(ran[0].passes.seconds), "" if name == THEIRS else f"{end:.1e}")
+        for name, ran in runs.items()
+        for end in [difference(ran[0].latent, runs[THEIRS][0].latent)]
+    ]
+    header = ("one run", "refinements", "forwards that keep a graph", "gradients", f"latent at the end, difference to {THEIRS}")
+    return table(header, rows)
+
+
+def memory_table(found: dict[str, Peaks]) -> str:
+    def cells(peaks: Peaks) -> list[str]:
+        pairs = zip(astuple(peaks), astuple(found[THEIRS]), strict=True)
+        return ["" if size is None else f"{size / 2**20:.1f} MiB, {100 * size / theirs:.0f} %" for size, theirs in pairs]
+
+    header = (
+        "peak beyond the resting state", "gradient pass: tensors", "gradient pass: with the kernels' scratch",
+        "a whole step with 2 refinements, with scratch",
+    )  # fmt: skip
+    return table(header, [[name, *cells(peaks)] for name, peaks in found.items()])
+
+
+def report(case: Case, memories: Sequence[str], pairs: int) -> str:
+    import diffusers
+
+    setup = Setup(case.shape)
+    same = check_networks(setup, case)
+    title = f"## Attend-and-Excite: U-Net of {case.shape.channels} channels in SD1.5's shape, {case.size} px, {case.steps} steps"
+    print(f"{title}\nOne forward of both networks differs by {same:.1e}.", flush=True)
+    peaks = measure_memory(setup, case)
+    print(memory_table(peaks), flush=True)
+    runs, forwards = measure_time(setup, case, memories, pairs)
+    settings = (
+        f"{case.guided} of {case.steps} steps guided, scale factor 20, cfg {CFG:g}. Thresholds are at steps "
+        f"{', '.join(map(str, case.threshold_steps)) or 'none'}; they are set to {NEVER_MET:g}, which is never met, so that both "
+        f"sides refine exactly {case.refinements} times at each. Median of {pairs} pairs."
+    )
+    return "\n\n".join([
+        title, f"Measured on: {machine()}; diffusers {diffusers.__version__}.",
+        f"Same weights: one forward of both networks differs by {same:.1e} of the largest value (at most {SAME_NETWORK:.0e}).",
+        settings, time_table(case, runs, forwards), count_table(case, runs), memory_table(peaks),
+    ])  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python dev bench excite", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, help="pixels of the side, in multiples of 64 (default 256)")
+    parser.add_argument("--steps", type=int, help="steps of a run (default 10)")
+    parser.add_argument("--pairs", type=int, default=3, help="counted turns of all variants")
+    parser.add_argument("--refinements", type=int, default=2, help="at each of the published thresholds")
+    parser.add_argument("--memory", nargs="+", choices=("fast", "low"), default=["fast", "low"], help="time these")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--tiny", action="store_true", help="a tiny network and a small picture, to try the benchmark itself")
+    parser.add_argument("--out", type=Path, help="write the report here as well")
+    args = parser.parse_args(argv)
+    case = Case(TINY if args.tiny else SD15, args.size or (128 if args.tiny else 256), args.steps or 10, args.refinements)
+    if case.size % 64:
+        parser.error(f"--size {case.size}: diffusers reads attention on whole grids, so use a multiple of 64")
+    start_host()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    written = report(case, args.memory, args.pairs)
+    print(f"\n{written}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(written + "\n")
+
+
+if __name__ == "__main__":
+    main()

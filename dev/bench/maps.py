@@ -1,0 +1,179 @@
+"""Attention maps: what capturing them adds to a sampling run, and how much memory the maps take.
+
+    python dev bench maps [--size PX] [--steps N] [--pairs N] [--threads N] [--daam PYTHON] [--tiny]
+
+Plain sampling and sampling under AttnMapCapture take turns in one process, on an SD1.5-shaped U-Net of real size (random
+weights) and on the embedded model. ``--daam`` names the Python of an environment with diffusers and daam (daam 0.2.0 runs
+with diffusers 0.42.1 when it is installed without its pinned dependencies, beside spacy and matplotlib): its overhead over
+diffusers' own plain sampling is measured in the same turns, in a process of its own. Take 512 pixels for that: daam goes by
+the maps' sizes at 512.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from host_inprocess import load_pack, pack_nodes, start_host
+from scenes import evaluate
+
+from bench.measure import Run, Timings, machine, ratios, table, take_turns
+from bench.memory import bytes_of
+from bench.models import SD15, TINY, Shape, sampler, sd15_shaped
+
+DEV = Path(__file__).resolve().parent.parent
+EMBEDDED_STEPS = 25
+PLAIN, THEIR_PLAIN = "plain", "diffusers, plain"
+
+# name -> inputs of AttnMapCapture
+SETTINGS: dict[str, dict[str, Any]] = {
+    "capture": {},
+    "capture, per_step off": {"per_step": False},
+    "capture, self_attention on": {"self_attention": True},
+}
+
+
+class Measured:
+    """Variants of one network's sampling, which take turns, and the largest maps that each made.
+
+    Attributes:
+        plain: name of each variant's run without maps.
+        sums: bytes of the running sums at the end of sampling; kept: of the finished maps.
+    """
+
+    def __init__(self) -> None:
+        self.runs: dict[str, Run] = {}
+        self.plain: dict[str, str] = {}
+        self.sums: dict[str, int] = {}
+        self.kept: dict[str, int] = {}
+        self.notes: list[str] = []
+
+    def add_host(self, model: Any, steps: int, latent: torch.Tensor, context: int) -> None:
+        self.runs[PLAIN] = sampler(model, steps, latent, context)
+        for name, settings in SETTINGS.items():
+            watched, maps = pack_nodes()["AttnMapCapture"].execute(model, **settings).args
+            self.runs[name] = self._captured(name, sampler(watched, steps, latent, context), maps)
+            self.plain[name] = PLAIN
+
+    def _captured(self, name: str, run: Run, maps: Any) -> Run:
+        def captured() -> None:
+            with watched_sums() as sums:
+                run()
+            self.sums[name], self.kept[name] = max(sums), bytes_of(maps.require())
+            self.notes += [f"{name}: {note}" for note in maps.notes if f"{name}: {note}" not in self.notes]
+
+        return captured
+
+    def add_daam(self, wish: Callable[[str], int]) -> None:
+        def captured() -> None:
+            self.sums["daam"] = self.kept["daam"] = wish("daam")
+
+        self.runs |= {THEIR_PLAIN: lambda: wish("plain"), "daam": captured}
+        self.plain["daam"] = THEIR_PLAIN
+
+    def table(self, timings: dict[str, Timings]) -> str:
+        rows = []
+        for name, timing in timings.items():
+            cells = ["", "", ""]
+            if name in self.plain:
+                overhead = ", ".join(f"{100 * (r - 1):+.1f}" for r in ratios(timing, timings[self.plain[name]]))
+                cells = [overhead, *(f"{sizes[name] / 2**20:.1f}" for sizes in (self.sums, self.kept))]
+            rows.append([name, f"{timing.median:.2f}", *cells])
+        header = (
+            "variant", "seconds (median)", "added time, % (median, lowest, highest)", "maps while sampling, MiB", "maps kept, MiB"
+        )  # fmt: skip
+        return "\n\n".join([table(header, rows), *self.notes])
+
+
+@contextmanager
+def watched_sums() -> Iterator[list[int]]:
+    """The bytes of each run's sums, when they become maps."""
+    load_pack()
+    from fovea_attention.attention.recorder import CaptureRun
+
+    seen: list[int] = []
+    recording = CaptureRun.recording
+
+    def note_and_finish(run: CaptureRun) -> Any:
+        seen.append(sum(track.bytes for track in run.tracks.values()))
+        return recording(run)
+
+    with mock.patch.object(CaptureRun, "recording", note_and_finish):
+        yield seen
+
+
+@contextmanager
+def daam_process(python: Path, size: int, steps: int, tiny: bool) -> Iterator[Callable[[str], int]]:
+    """Asks for runs of ``bench.daam_worker``; each answers with the bytes of its maps."""
+    command = [str(python), "-m", "bench.daam_worker", "--size", str(size), "--steps", str(steps)]
+    command += ["--threads", str(torch.get_num_threads()), *(["--tiny"] if tiny else [])]
+    with subprocess.Popen(command, cwd=DEV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        wishes, answers = process.stdin, process.stdout
+
+        def wish(text: str) -> int:
+            print(text, file=wishes, flush=True)
+            answer = answers.readline()
+            if not answer:
+                raise SystemExit(f"--daam {python}: its process has ended, see above")
+            return int(json.loads(answer))
+
+        try:
+            yield wish
+        finally:
+            process.stdin.close()
+
+
+def unet_part(shape: Shape, size: int, steps: int, pairs: int, daam: Path | None = None) -> tuple[str, Measured]:
+    measured = Measured()
+    with ExitStack() as stack:
+        measured.add_host(sd15_shaped(shape), steps, torch.zeros(1, 4, size // 8, size // 8), shape.context)
+        if daam is not None:
+            measured.add_daam(stack.enter_context(daam_process(daam, size, steps, shape is TINY)))
+        text = measured.table(take_turns(measured.runs, pairs))
+    title = f"### U-Net of {shape.channels} channels in SD1.5's shape, {size} px, {steps} steps, {pairs} pairs"
+    return f"{title}\n\n{text}", measured
+
+
+def embedded_part(steps: int, pairs: int) -> tuple[str, Measured]:
+    measured = Measured()
+    measured.add_host(evaluate.load()[0], steps, torch.zeros(1, 3, 32, 32), 96)
+    text = measured.table(take_turns(measured.runs, pairs))
+    return f"### Embedded model, 256 px, {steps} steps, {pairs} pairs\n\n{text}", measured
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python dev bench maps", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, help="pixels of the SD1.5-shaped run (default 256)")
+    parser.add_argument("--steps", type=int, help="steps of the SD1.5-shaped run (default 5)")
+    parser.add_argument("--pairs", type=int, default=3, help="counted turns of all variants")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--daam", type=Path, metavar="PYTHON", help="measure daam with this Python")
+    parser.add_argument("--tiny", action="store_true", help="a tiny network and few steps, to try the benchmark itself")
+    parser.add_argument("--out", type=Path, help="write the report here as well")
+    args = parser.parse_args(argv)
+    start_host()
+    import comfy.utils
+
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    shape, size, steps = (TINY, 128, 2) if args.tiny else (SD15, 256, 5)
+    unet, _ = unet_part(shape, args.size or size, args.steps or steps, args.pairs, args.daam)
+    embedded, _ = embedded_part(2 if args.tiny else EMBEDDED_STEPS, args.pairs)
+    written = "\n\n".join([f"## Attention maps\n\nMeasured on: {machine()}.", unet, embedded])
+    print(f"\n{written}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(written + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The benchmarks themselves, on a tiny network: what they count and compare, not how long it took."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from types import ModuleType
+
+import pytest
+import torch
+from bench import excite, maps
+from bench.memory import AllocatedMemory, HeldTensors, bytes_of
+from bench.models import TINY
+from environment import DEV
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def setup() -> excite.Setup:
+    """Our tiny model, and diffusers' pipeline with its weights."""
+    pytest.importorskip("diffusers")
+    return excite.Setup(TINY)
+
+
+def dev_commands() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fovea_dev_commands", DEV / "__main__.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_file_of_the_folder_is_a_benchmark_or_known_to_be_shared():
+    commands = dev_commands()
+    found = set(commands.benchmarks())
+    assert {"excite", "maps", "tgate"} <= found
+    assert all("def main(" in (DEV / "bench" / f"{name}.py").read_text(encoding="utf-8") for name in found)
+    assert all((DEV / "bench" / f"{name}.py").is_file() for name in commands._SHARED_BY_BENCHMARKS)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("measure", [HeldTensors, AllocatedMemory])
+def test_memory_is_what_was_made_and_held(measure, inference):
+    before = torch.zeros(MIB // 4)
+    with torch.inference_mode(inference), measure() as memory:
+        first = before + 1
+        second = first.view(2, -1) + 1
+        first.mul_(2)  # a view and a change in place are no tensors of their own
+        del first
+        third = second * 2
+        fourth = third * 2  # three of them now
+        del second, third
+    assert memory.peak == pytest.approx(3 * MIB, abs=1024)
+    assert memory.kept == pytest.approx(MIB, abs=1024)
+    assert bytes_of({"some": [fourth], "other": (fourth, "text")}) == 2 * MIB
+
+
+def test_memory_has_what_a_graph_keeps():
+    weights = torch.randn(256, 1024, requires_grad=True)
+    memory = HeldTensors()
+    memory.start()
+    total = (weights * 2).exp().exp().sum()  # each exp keeps its result
+    assert memory.kept == 2 * MIB + 4
+    assert torch.autograd.grad(total, weights)[0].shape == weights.shape
+    memory.stop()
+    assert memory.peak >= 3 * MIB
+    assert memory.kept <= 4  # of the graph, nothing
+
+
+def test_only_the_allocator_knows_of_a_kernels_scratch():
+    image, weights = torch.randn(1, 64, 32, 32), torch.randn(64, 64, 3, 3)
+    with HeldTensors() as held:
+        torch.nn.functional.conv2d(image, weights, padding=1)
+    with AllocatedMemory() as allocated:
+        torch.nn.functional.conv2d(image, weights, padding=1)
+    assert held.peak == 4 * 64 * 32 * 32 <= allocated.peak
+
+
+def test_both_sides_of_the_excite_benchmark_do_the_same_work(setup):
+    case = excite.Case(TINY, size=128, steps=8, refinements=1)
+    assert (case.guided, case.threshold_steps, case.steps_of(True), case.steps_of(False)) == (4, [0, 2, 3], [1], [4, 5, 6, 7])
+    assert excite.check_networks(setup, case) < excite.SAME_NETWORK
+    runs, forwards = excite.measure_time(setup, case, ["fast"], 1, say=lambda text: None)
+    theirs, ours = runs["diffusers"][0], runs["ours, fast"][0]
+    assert excite.difference(ours.latent, theirs.latent) < 1e-4
+    # A step has one forward that keeps a graph, a refined step one more for the refinement and one to look at the result.
+    assert theirs.passes.forwards == 8 + 3 * 2
+    assert ours.passes.forwards == 1 + 3 * 2
+    assert len(ours.passes.seconds) == len(theirs.passes.seconds) == 4 + 3
+    assert len(ours.stamps) == len(theirs.stamps) == 1 + 8
+    assert all(seconds is not None and math.isfinite(seconds) for seconds in ours.figures(case).values())
+    text = excite.time_table(case, runs, forwards) + excite.count_table(case, runs)
+    assert "| diffusers | 3 | 14 | 7 |" in text and "| ours, fast | 3 | 7 | 7 |" in text
+
+
+def test_memory_of_the_excite_benchmark(setup):
+    found = excite.measure_memory(setup, excite.Case(TINY, size=128))
+    theirs, fast, low = (found[name] for name in ("diffusers", "ours, fast", "ours, low"))
+    assert 0 < low.held < fast.held < theirs.held
+    assert 0 < low.allocated < fast.allocated < theirs.allocated
+    assert all(peaks.held <= peaks.allocated for peaks in found.values())
+    assert all(peaks.step > peaks.allocated for peaks in (theirs, fast, low))
+    assert found[excite.PLAIN_FORWARD].step is None
+    assert excite.memory_table(found).count("100 %") == 3
+
+
+def test_kinds_of_steps_that_a_short_run_lacks_are_left_out(setup):
+    case = excite.Case(TINY, size=128, steps=1, refinements=0, guide_until=1.0)
+    passes = excite.Passes()
+    stamps, latent = setup.ours(case, passes, "fast")
+    ran = excite.Ran(stamps, passes, latent)
+    assert ran.figures(case)["guided step"] is None
+    text = excite.time_table(case, {"diffusers": [ran], "ours, fast": [ran]}, {"forward, ours": excite.Timings([1.0])})
+    assert "guided step" not in text and "1.00 (1.00 to 1.00)" in text
+
+
+def test_maps_benchmark_on_a_unet():
+    text, measured = maps.unet_part(TINY, 128, 2, 1)
+    assert set(measured.sums) == set(maps.SETTINGS)
+    assert measured.kept["capture, per_step off"] < measured.kept["capture"] < measured.kept["capture, self_attention on"]
+    assert text.count("\n| capture") == 3 and "| plain |" in text
+
+
+def test_maps_benchmark_on_the_embedded_model():
+    text, measured = maps.embedded_part(1, 1)
+    assert all(0 < size < 512 * MIB for size in measured.sums.values())
+    assert "Embedded model" in text
