@@ -5,6 +5,7 @@ from __future__ import annotations
 import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.samplers
+import comfy.utils
 import pytest
 import tiny_dit
 import tiny_text
@@ -492,3 +493,11 @@ def test_a_model_without_text_is_refused(guider, tmp_path):
     path = tiny_dit.write(tmp_path / "dit.safetensors", tiny_dit.bare(tiny_dit.tiny()))
     with pytest.raises(ValueError, match="no attention to text"):
         guider(tiny_dit.load_dit(path), cond(1), cond(2))
+
+
+def test_progress_moves_during_refinements(guider, model, monkeypatch):
+    shown = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *args, **kwargs: shown.append((value, total)))
+    settings = {"guide_until": 0, "thresholds": "0.4:1", "max_refinements": 3}
+    run(guider(model, **settings), noise=noise_of(), sigmas=schedule(model))
+    assert shown == [(2.25, STEPS), (2.5, STEPS), (2.75, STEPS)]
