@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import logging
 
+import comfy.cldm.cldm
+import comfy.controlnet
 import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
 from families import FAMILIES
 from test_distill import FAMILY, NEGATIVE, NULL, POSITIVE, SIZE, Noise, guider_of, plain, random_latent, run, sigmas_of
+from tiny_unet import UNET_CONFIG, randomise, small_model
+
+import nodes
 
 __all__ = ["distill", "features", "fresh_cache", "node"]
 from test_distill import distill, features, fresh_cache, node
@@ -96,6 +101,31 @@ def test_regional_prompts_act_in_the_denoising_steps(node, model):
     regional = [[POSITIVE[0][0], {"area": (8, 8, 0, 0), "strength": 1.0}], [NEGATIVE[0][0], {"strength": 0.5}]]
     _, report = run(node, model, guider=guider_of(model, positive=regional), **BRIEF)
     assert len(report["steps"]) == 2
+
+
+def test_controlnet_acts_in_the_denoising_steps_only(node):
+    """The picture that is compared has seen it; the passes that compare have not."""
+    model = small_model()
+    config = {key: value for key, value in UNET_CONFIG.items() if key not in ("out_channels", "transformer_depth_output")}
+    config.update(num_res_blocks=[1, 1], channel_mult=[1, 2], num_heads=2, transformer_depth=[1, 1], dtype=torch.float32)
+    network = comfy.cldm.cldm.ControlNet(hint_channels=3, **config)
+    randomise(network, 7)
+    calls = []
+    network.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    control = comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"), manual_cast_dtype=None)
+    hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(1))
+    positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(POSITIVE, NEGATIVE, control, hint, 1.0, 0.0, 1.0)
+    guider = guider_of(model, positive=positive, negative=negative)
+
+    before = plain(model, steps=3, guider=guider)
+    of_plain = len(calls)
+    found, report = run(node, model, steps=3, guider=guider, layers="", **BRIEF)
+    assert calls == [False] * (2 * of_plain) and of_plain >= 3
+    without, other = run(node, model, steps=3, layers="", **BRIEF)
+    assert len(calls) == 2 * of_plain
+    assert found.isfinite().all() and (found - without).abs().max() > 1e-3 and (found - before).abs().max() > 1e-3
+    assert report["steps"][0]["loss"] != other["steps"][0]["loss"]
+    assert report["reference_features"]["reused"] + other["reference_features"]["reused"] >= 3
 
 
 def test_other_nodes_patches_stay_out_of_the_distilling_passes(node, model):

@@ -75,7 +75,10 @@ def _grow(mask: Tensor, pixels: int) -> Tensor:
 def coverage(image: Tensor, part: Tensor) -> Tensor:
     """How far each pixel [32, 32] is covered by the object whose pixels are ``part``: 0..1, with soft edges."""
     near = _grow(part, 1)
-    inside, around = image[part].median(0).values, image[_grow(part, 2) & ~near].median(0).values
+    beside = _grow(part, 2) & ~near
+    if not beside.any():  # it fills the picture
+        return part.float()
+    inside, around = image[part].median(0).values, image[beside].median(0).values
     axis = inside - around
     return (((image - around) @ axis) / axis.square().sum().clamp(min=1e-3)).clamp(0, 1) * near
 
