@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from bench import excite, maps
+from bench import distill, excite, maps
 from bench.memory import AllocatedMemory, HeldTensors, bytes_of
 from bench.models import TINY
 from environment import DEV
@@ -34,7 +34,7 @@ def dev_commands() -> ModuleType:
 def test_every_file_of_the_folder_is_a_benchmark_or_known_to_be_shared():
     commands = dev_commands()
     found = set(commands.benchmarks())
-    assert {"excite", "maps", "tgate"} <= found
+    assert {"distill", "excite", "maps", "tgate"} <= found
     assert all("def main(" in (DEV / "bench" / f"{name}.py").read_text(encoding="utf-8") for name in found)
     assert all((DEV / "bench" / f"{name}.py").is_file() for name in commands._SHARED_BY_BENCHMARKS)
 
@@ -126,3 +126,19 @@ def test_maps_benchmark_on_the_embedded_model():
     text, measured = maps.embedded_part(1, 1)
     assert all(0 < size < 512 * MIB for size in measured.sums.values())
     assert "Embedded model" in text
+
+
+def test_both_sides_of_the_distill_benchmark_do_the_same_work():
+    setup, case = distill.Setup(TINY), distill.Case(TINY, size=128, steps=2, iterations=2)
+    runs = distill.measure_time(setup, case, 1, say=lambda text: None)
+    theirs = runs[distill.THEIRS][0]
+    for ran in (runs[name][0] for name in (distill.FIRST, distill.AGAIN, distill.LOW)):
+        first, latent = distill.difference(ran, theirs)
+        assert first < 1e-5 and latent < 1e-2
+        assert len(ran.distilling) == len(theirs.distilling) == 2 and 0 < sum(ran.distilling) < ran.whole
+    text = distill.time_table(case, runs)
+    assert f"| {distill.FIRST} |" in text and "1.00 (1.00 to 1.00)" in text
+    peaks = distill.measure_memory(setup, case)
+    for low, fast, others in zip(peaks[distill.LOW], peaks[distill.AGAIN], peaks[distill.THEIRS], strict=True):
+        assert 0 < low < fast < others
+    assert "100 %" in distill.memory_table(peaks)
