@@ -1,0 +1,313 @@
+"""Attention Distillation: time and memory beside a plain restatement of the authors' guided sampling.
+
+    python dev bench distill [--size PX] [--steps N] [--pairs N] [--iterations N] [--threads N] [--tiny] [--out FILE]
+
+The restatement is the one that the tests hold the node against (``tests/distill_reference.py``): hooks, autograd through the
+whole network, the reference looked at in every step of every run. Both sides sample with the same random weights in SD1.5's
+shape, the same noise, prompts, sigmas and published settings, taking turns in one process; losses and latents are compared
+too, for both must have done the same work. "First run" is ours with nothing kept from before; "repeated run" finds what the
+network sees in the reference as the run before has left it.
+
+Distilling is what follows a denoising step: a pass over the reference, and some iterations of a forward, a backward and a step
+of Adam. Memory is beyond the resting state (``bench.memory``), while one step is distilled with one iteration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from host_inprocess import ROOT, load_pack, pack_nodes, start_host
+from torch import Tensor
+
+from bench.measure import Timings, machine, ratios, table, take_turns
+from bench.memory import AllocatedMemory, HeldTensors
+from bench.models import SD15, TINY, TOKENS, Shape, random_tensor, sd15_shaped
+
+CFG, LEARNING_RATE = 7.5, 0.015
+LAYERS = (10, 16)  # as the authors count SD1.5's self-attentions
+THEIRS = "plain restatement"
+FIRST, AGAIN, LOW = "ours, first run", "ours, repeated run", "ours, repeated run, low memory"
+SAME_LOSS = 1e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: Shape = SD15
+    size: int = 256
+    steps: int = 4
+    iterations: int = 3
+
+    @property
+    def side(self) -> int:
+        return self.size // 8
+
+    def latent(self, seed: int) -> Tensor:
+        return random_tensor(seed, 1, 4, self.side, self.side)
+
+    def prompt(self, seed: int) -> Tensor:
+        return random_tensor(seed, 1, TOKENS, self.shape.context)
+
+
+@dataclass
+class Ran:
+    """One run: seconds of distilling in each step, of everything, the losses and the clean latent it ended with."""
+
+    distilling: list[float] = field(default_factory=list)
+    whole: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    latent: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+Meter = Callable[[Callable[[], Any]], Any]
+
+
+class Noise:
+    """The NOISE of a known tensor."""
+
+    seed = 0
+
+    def __init__(self, noise: Tensor) -> None:
+        self.noise = noise
+
+    def generate_noise(self, latent: Any) -> Tensor:
+        return self.noise
+
+
+# --- the two sides ---------------------------------------------------------------------------------------------------------
+
+
+def restatement() -> Any:
+    """The module of the tests, which needs nothing but torch."""
+    path = ROOT / "tests" / "distill_reference.py"
+    spec = importlib.util.spec_from_file_location("fovea_distill_reference", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Setup:
+    """Our model, and the restatement with weights of its own that have the same values."""
+
+    def __init__(self, shape: Shape) -> None:
+        load_pack()
+        from fovea_attention.attention import distill, distill_reference
+
+        self.model = sd15_shaped(shape)
+        self.distill, self.features = distill, distill_reference
+        self.stated = restatement()
+        self.twin = self.stated.plain_copy(self.model.model.diffusion_model)
+
+    def sigmas(self, steps: int) -> Tensor:
+        import comfy.samplers
+
+        return comfy.samplers.calculate_sigmas(self.model.get_model_object("model_sampling"), "ddim_uniform", steps)
+
+    def ours(self, case: Case, meter: Meter, *, again: bool = True, memory: str = "fast") -> Ran:
+        import comfy.samplers
+
+        guider = comfy.samplers.CFGGuider(self.model)
+        guider.set_conds([[case.prompt(1), {}]], [[case.prompt(2), {}]])
+        guider.set_cfg(CFG)
+        if not again:
+            self.features.CACHE.clear()
+        base_model = self.model.model
+        pictures = (torch.zeros_like(case.latent(0)), base_model.process_latent_out(case.latent(3)))
+        ran = Ran()
+        began = time.perf_counter()
+        with torch.inference_mode(), metered(self.distill._Run, "after_step", ran, meter):
+            output, _, report = pack_nodes()["AttentionDistillSampler"].execute(
+                Noise(case.latent(0)), guider, comfy.samplers.sampler_object("euler"), self.sigmas(case.steps),
+                *({"samples": picture} for picture in pictures), [[case.prompt(4), {}]], iterations=case.iterations,
+                learning_rate=LEARNING_RATE, memory=memory,
+            ).args  # fmt: skip
+        ran.whole = time.perf_counter() - began
+        ran.losses = [loss for step in json.loads(report)["steps"] for loss in step["loss"]]
+        ran.latent = base_model.process_latent_in(output["samples"])
+        return ran
+
+    def theirs(self, case: Case, meter: Meter) -> Ran:
+        sampling = self.model.get_model_object("model_sampling")
+        sigmas = [float(sigma) for sigma in self.sigmas(case.steps)]
+        times = [self.stated.diffusion_time(sampling, sigma) for sigma in sigmas]
+        least = self.stated.diffusion_time(sampling, float(sampling.sigma_min))
+        ran = Ran()
+        with mock.patch.object(self.stated, "plain_copy", lambda network: network):
+            official = self.stated.Official(
+                self.twin, LAYERS, "eps", case.prompt(4), case.latent(3),
+                lambda like, sigma, purpose, place: self.features.fixed_noise(like, sigma, self.features.Purpose(purpose), place),
+                lr=LEARNING_RATE, iterations=case.iterations, adain=True,
+            )  # fmt: skip
+        at_the_top = sigmas[0] >= float(sampling.sigma_max) * (1 - 1e-5)
+        start = case.latent(0) * (1.0 if at_the_top else times[0].sigma)
+        began = time.perf_counter()
+        with metered(self.stated.Official, "_distil", ran, meter):
+            ran.latent = official.sample(start, times, least, case.prompt(1), case.prompt(2), CFG)
+        ran.whole = time.perf_counter() - began
+        ran.losses = official.losses
+        return ran
+
+    def sides(self) -> dict[str, Callable[[Case, Meter], Ran]]:
+        return {
+            THEIRS: self.theirs,
+            FIRST: functools.partial(self.ours, again=False),
+            AGAIN: self.ours,
+            LOW: functools.partial(self.ours, memory="low"),
+        }
+
+
+@contextmanager
+def metered(owner: Any, name: str, ran: Ran, meter: Meter) -> Iterator[None]:
+    """Every call of a method, timed, within ``meter``."""
+    method = getattr(owner, name)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        found = meter(functools.partial(method, *args, **kwargs))
+        ran.distilling.append(time.perf_counter() - began)
+        return found
+
+    with mock.patch.object(owner, name, watched):
+        yield
+
+
+def unmetered(call: Callable[[], Any]) -> Any:
+    return call()
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------------
+
+
+def difference(found: Ran, other: Ran) -> tuple[float, float]:
+    """Of the first losses, as a share; of the latents at the end, on average, as a share of their spread."""
+    first = abs(found.losses[0] - other.losses[0]) / other.losses[0]
+    return first, float((found.latent - other.latent).abs().mean() / other.latent.std())
+
+
+def measure_time(setup: Setup, case: Case, pairs: int, say: Callable[[str], None] = print) -> dict[str, list[Ran]]:
+    """All runs of each side after the first."""
+    runs: dict[str, list[Ran]] = {}
+
+    def whole_run(name: str, side: Callable[[Case, Meter], Ran]) -> None:
+        runs.setdefault(name, []).append(side(case, unmetered))
+
+    take_turns({name: functools.partial(whole_run, name, side) for name, side in setup.sides().items()}, pairs, say)
+    found = {name: ran[1:] for name, ran in runs.items()}
+    for name, ran in found.items():
+        first, _ = difference(ran[0], found[THEIRS][0])
+        if len(ran[0].losses) != case.steps * case.iterations or not first <= SAME_LOSS:
+            raise SystemExit(
+                f"{name} has not done the same work: its first loss differs by {first:.1e}, so nothing can be compared."
+            )
+    return found
+
+
+def within(memory: HeldTensors | AllocatedMemory, call: Callable[[], Any]) -> Any:
+    gc.collect()
+    memory.start()
+    try:
+        return call()
+    finally:
+        memory.stop()
+
+
+def measure_memory(setup: Setup, case: Case) -> dict[str, tuple[int, int]]:
+    """Peak bytes while one step is distilled with one iteration: of tensors that are held, and as the allocator has it."""
+    alone = replace(case, steps=1, iterations=1)
+    found = {}
+    for name, side in setup.sides().items():
+        side(alone, unmetered)
+        peaks = []
+        for kind in (HeldTensors, AllocatedMemory):
+            memory = kind()
+            side(alone, functools.partial(within, memory))
+            peaks.append(memory.peak)
+        found[name] = peaks[0], peaks[1]
+    return found
+
+
+# --- the report ------------------------------------------------------------------------------------------------------------
+
+
+def time_table(case: Case, runs: dict[str, list[Ran]]) -> str:
+    parts: dict[str, Callable[[Ran], float]] = {
+        "distilling, per iteration": lambda ran: sum(ran.distilling) / len(ran.losses),
+        "whole run": lambda ran: ran.whole,
+    }
+    timings = {part: {name: Timings([of(one) for one in ran]) for name, ran in runs.items()} for part, of in parts.items()}
+    rows = []
+    for name, ran in runs.items():
+        cells: list[str] = []
+        for part in parts:
+            ratio, low, high = ratios(timings[part][name], timings[part][THEIRS])
+            cells += [f"{timings[part][name].median:.3f} s", f"{ratio:.2f} ({low:.2f} to {high:.2f})"]
+        first, end = difference(ran[0], runs[THEIRS][0])
+        rows.append([name, *cells, f"{first:.0e}, {end:.0e}"])
+    header = ["median", *(cell for part in parts for cell in (part, "times theirs")), "differs in first loss, in latent"]
+    return table(header, rows)
+
+
+def memory_table(found: dict[str, tuple[int, int]]) -> str:
+    rows = [
+        (name, *(f"{peak / 2**20:.1f} MiB, {100 * peak / other:.0f} %" for peak, other in zip(peaks, found[THEIRS], strict=True)))
+        for name, peaks in found.items()
+    ]
+    return table(("peak while a step is distilled, and share of theirs", "tensors held", "allocated"), rows)
+
+
+def report(case: Case, pairs: int) -> str:
+    setup = Setup(case.shape)
+    title = f"## Attention Distillation: U-Net of {case.shape.channels} channels in SD1.5's shape, {case.size} px"
+    print(title, flush=True)
+    peaks = measure_memory(setup, case)
+    print(memory_table(peaks), flush=True)
+    runs = measure_time(setup, case, pairs)
+    settings = (
+        f"Guided sampling, {case.steps} steps of ddim_uniform, {case.iterations} iterations of {LEARNING_RATE:g} after each, "
+        f"AdaIN, cfg {CFG:g}, one reference of the picture's size. Median of {pairs} pairs (lowest to highest)."
+    )
+    return "\n\n".join([title, f"Measured on: {machine()}.", settings, time_table(case, runs), memory_table(peaks)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python dev bench distill", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, help="pixels of the side, in multiples of 64 (default 256)")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a run")
+    parser.add_argument("--iterations", type=int, default=3, help="after each step (published: 3)")
+    parser.add_argument("--pairs", type=int, default=3, help="counted turns of all variants")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--tiny", action="store_true", help="a tiny network and a small picture, to try the benchmark itself")
+    parser.add_argument("--out", type=Path, help="write the report here as well")
+    args = parser.parse_args(argv)
+    case = Case(TINY if args.tiny else SD15, args.size or (128 if args.tiny else 256), args.steps, args.iterations)
+    if case.size % 64:
+        parser.error(f"--size {case.size}: the network halves the latent three times, so use a multiple of 64")
+    start_host()
+    import comfy.utils
+
+    comfy.utils.set_progress_bar_enabled(False)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    written = report(case, args.pairs)
+    print(f"\n{written}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(written + "\n")
+
+
+if __name__ == "__main__":
+    main()
