@@ -191,8 +191,8 @@ def model():
 
 @pytest.mark.parametrize("name", [name for name in comfy.samplers.SAMPLER_NAMES if name not in REFUSED])
 def test_an_update_at_the_first_step_equals_starting_from_the_moved_noise(guider, model, name):
-    sigmas, noise = schedule(model, 3), noise_of()
-    guide = guider(model, guide_until=1 / 3, thresholds="", scale_factor=200)
+    sigmas, noise = schedule(model), noise_of()
+    guide = guider(model, guide_until=1 / STEPS, thresholds="", scale_factor=200)
     guided, steps = run(guide, noise=noise, sigmas=sigmas, sampler=name)
     untouched, plain_steps = run(plain_guider(model), noise=noise, sigmas=sigmas, sampler=name)
     factor = (1 + sigmas[0] ** 2).sqrt()
