@@ -500,4 +500,5 @@ def test_progress_moves_during_refinements(guider, model, monkeypatch):
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *args, **kwargs: shown.append((value, total)))
     settings = {"guide_until": 0, "thresholds": "0.4:1", "max_refinements": 3}
     run(guider(model, **settings), noise=noise_of(), sigmas=schedule(model))
-    assert shown == [(2.25, STEPS), (2.5, STEPS), (2.75, STEPS)]
+    assert shown[0] == (2.25, STEPS)
+    assert set(shown) <= {(2.25, STEPS), (2.5, STEPS), (2.75, STEPS)}  # 0.30.0 leaves out what follows within 0.1 s
