@@ -328,9 +328,11 @@ def test_the_hosts_own_loading_is_untouched(path: str, pack: Any) -> None:
     import comfy.model_detection
     import comfy.supported_models
 
+    known = list(comfy.supported_models.models)  # other tests may have registered the demo's model
     load_dit(path)
     assert comfy.model_detection.detect_unet_config.__module__ == "comfy.model_detection"
-    assert not any("fovea" in cls.__module__ for cls in comfy.supported_models.models)
+    assert comfy.supported_models.models == known
+    assert not any("fovea_attention" in cls.__module__ for cls in known)
 
 
 # --- the node ---------------------------------------------------------------------------------------------------------
