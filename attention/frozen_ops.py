@@ -74,17 +74,21 @@ def _linear(module: Any, gradient: Tensor, x: Any, weight: Tensor, bias: Any, sh
 
 
 def _convolution(module: Any, gradient: Tensor, x: Any, weight: Tensor, bias: Any, shape: torch.Size) -> Tensor:
-    if module.padding_mode != "zeros":
-        raise NotImplementedError(f"a convolution with padding mode '{module.padding_mode}' cannot be differentiated here")
-    padding = module.padding
-    if padding == "valid":
-        padding = (0,) * (gradient.ndim - 2)
-    elif padding == "same":
-        padding = tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
-    like_input = gradient.new_empty(1).expand(shape)
+    pads = None
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):  # circular for seamless pictures; "same"
+        pads = module._reversed_padding_repeated_twice
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        padded_shape = nn.functional.pad(gradient.new_empty(1, device="meta").expand(shape), pads, mode=mode).shape
+    like_input = gradient.new_empty(1).expand(shape if pads is None else padded_shape)
     dimensions = [0] * (gradient.ndim - 2)
+    padding = module.padding if pads is None else dimensions
     settings = (module.stride, padding, module.dilation, False, dimensions, module.groups, (True, False, False))
-    return _aten.convolution_backward(gradient, like_input, weight, None, *settings)[0]
+    result = _aten.convolution_backward(gradient, like_input, weight, None, *settings)[0]
+    if pads is None:
+        return result
+    with torch.inference_mode(False), torch.enable_grad():
+        unpadded = torch.zeros(shape, dtype=result.dtype, device=result.device, requires_grad=True)  # padding is linear
+        return torch.autograd.grad(nn.functional.pad(unpadded, pads, mode=mode), unpadded, result.clone())[0]
 
 
 def _group_norm(module: Any, gradient: Tensor, x: Tensor, weight: Any, bias: Any, shape: torch.Size) -> Tensor:

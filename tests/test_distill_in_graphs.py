@@ -71,7 +71,10 @@ def test_samplers_that_cannot_be_cut_are_named(node, model, sampler):
 
 
 def test_optimise_needs_no_sampler(node, model):
-    run(node, model, sampler="uni_pc", method="optimise", steps=1, **BRIEF)
+    result, report = run(node, model, sampler="uni_pc", method="optimise", steps=1, **BRIEF)
+    with_another, _ = run(node, model, sampler="euler", method="optimise", steps=1, **BRIEF)
+    assert len(report["steps"]) == 1
+    assert torch.equal(result, with_another)
 
 
 # --- guiders and models of other nodes -----------------------------------------------------------------------------------------

@@ -343,3 +343,30 @@ def test_residuals_that_are_added_in_place(gradient, sites, memory):
     slope, norm, effect = during_sampling(FAMILIES["sd15"], model, body)
     assert effect > 0
     assert abs(slope - norm) <= 2e-4 * norm
+
+
+PADDINGS = [
+    ("zeros", 1, 3),
+    ("zeros", "same", 4),
+    ("zeros", "valid", 3),
+    ("circular", 2, 3),
+    ("reflect", 1, 3),
+    ("replicate", "same", 4),
+]
+
+
+@pytest.mark.parametrize(("mode", "padding", "kernel"), PADDINGS)
+def test_every_padding_of_a_convolution(gradient, mode, padding, kernel):
+    """Nodes for seamless pictures make convolutions circular."""
+    network = torch.nn.Sequential(comfy.ops.disable_weight_init.Conv2d(2, 3, kernel, padding=padding, padding_mode=mode))
+    for parameter in network.parameters():
+        parameter.requires_grad_(False).copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    x = torch.randn(2, 2, 7, 6, generator=torch.Generator().manual_seed(2), requires_grad=True)
+
+    def slope():
+        return torch.autograd.grad(network(x).square().sum(), x)[0]
+
+    expected = slope()
+    with gradient.frozen_ops(network):
+        assert network[0].__dict__["forward"].__name__ == "frozen"
+        torch.testing.assert_close(slope(), expected)
