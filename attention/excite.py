@@ -293,11 +293,11 @@ class ExciteRun:
         sigma = sigma.flatten().expand(len(x)) if sigma.numel() == 1 else sigma.flatten()
         latent = x.clone()
         scale = host.input_scale(self.base_model, sigma).view(-1, *(1,) * (x.ndim - 1))
+        mask = host.denoise_mask(model, call, sigma)
         size = self.settings.step_size(step, self.steps)
 
         def measured(rows: Tensor) -> Gradient | None:
-            seen, _ = seen_by_the_model(model, latent, sigma, call)
-            return self._gradient(seen, sigma, rows)
+            return self._gradient(seen_by_the_model(model, latent, sigma, mask), sigma, rows)
 
         def move(rows: Tensor, found: Gradient) -> None:
             usable = found.latent.flatten(1).isfinite().all(1)
@@ -305,7 +305,6 @@ class ExciteRun:
             shift = size * found.latent / scale[rows] ** 2
             usable &= found.loss != 0
             change = torch.where(usable.view(-1, *(1,) * (x.ndim - 1)), shift, torch.zeros_like(shift)).to(latent.dtype)
-            _, mask = seen_by_the_model(model, latent, sigma, call)
             latent[rows] -= change if mask is None else change * mask.expand_as(latent)[rows]
 
         everything = torch.arange(len(x), device=x.device)
@@ -401,8 +400,6 @@ def _rows_of(found: Gradient, rows: Tensor) -> Gradient:
 
 class ExciteGuider(comfy.samplers.CFGGuider):
     """Classifier-free guidance whose latent is moved before each guided step."""
-
-    fovea_combines_as_cfg = True
 
     def __init__(self, model: Any, settings: ExciteSettings, prompts: Sequence[GuidedPrompt | None]) -> None:
         super().__init__(model)

@@ -121,18 +121,11 @@ class _Steps:
             self._callback(state)
 
 
-def seen_by_the_model(model: Any, x: Tensor, sigma: Tensor, call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """The latent that the network will see, and the mask of what the sampler may change (None: everything).
-
-    With an inpaint mask the host puts the known picture, with its noise, around the part that is sampled.
-    """
-    mask = call.get("denoise_mask")
+def seen_by_the_model(model: Any, x: Tensor, sigma: Tensor, mask: Tensor | None) -> Tensor:
+    """The latent that the network will see: with an inpaint mask (``host.denoise_mask``) the host puts the known picture,
+    with its noise, around the part that is sampled."""
     if mask is None:
-        return x, None
-    options = call.get("model_options", {})
-    if "denoise_mask_function" in options:
-        around = {"model": model.inner_model, "sigmas": model.sigmas}
-        mask = options["denoise_mask_function"](sigma, mask, extra_options=around)
+        return x
     base_model = model.inner_model.inner_model
     known = base_model.scale_latent_inpaint(x=x, sigma=sigma, noise=model.noise, latent_image=model.latent_image)
-    return x * mask + known * (1 - mask), mask
+    return x * mask + known * (1 - mask)
