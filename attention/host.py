@@ -193,8 +193,7 @@ def needs_uncond(options: ModelOptions) -> bool:
 
 def combines_as_cfg(guider: Any) -> bool:
     """True where the guider mixes exactly [positive, negative] as classifier-free guidance does."""
-    ours = getattr(guider, "fovea_combines_as_cfg", False)
-    return ours or type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
+    return type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
 
 
 # --- passes of our own ------------------------------------------------------------------------------------------------
