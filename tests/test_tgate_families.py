@@ -83,6 +83,24 @@ def test_cross_attention_modules_are_not_called_after_the_gate(tgate, family):
     assert per_step["cross"] > 0
 
 
+def test_pixart_with_its_published_schedule(node_classes, caplog):
+    """Gate at step 15 of 20, self-attention every third step after two warm-up steps (the authors' PixArt example)."""
+    caplog.set_level("INFO", logger="fovea")
+    steps, gate = 20, 15
+    family = FAMILIES["pixart"]
+    model = family.build()
+    patched = node_classes["TGateCache"].execute(model, gate_at=gate / steps, sp_interval=3, warm_up=2)[0]
+    reference = ModuleReference(gate, sp=3, warm_up=2)
+    overwritten = reference.apply_to(model, WITH_CROSS_ATTENTION["pixart"])
+    try:
+        expected = sample(family, overwritten, steps=steps)
+    finally:
+        reference.remove()
+    assert_same_picture(sample(family, patched, steps=steps), expected)
+    # Of the steps 2 to 13, those that three divides compute, and step 2 does; step 14 fills the cache.
+    assert "cross-attention reused in 5 of 20 steps, negative prompt skipped in 5, self-attention reused in 7" in caplog.text
+
+
 def _kinds(family: Family, model) -> list[str]:
     names = [name.rsplit(".", 1)[-1] for name, _ in model.model.diffusion_model.named_modules()]
     return [WITH_CROSS_ATTENTION[family.name][name] for name in names if name in WITH_CROSS_ATTENTION[family.name]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,12 @@ PATTERNS = ("striped", "dotted", "checkered")
 STYLES = ("neon", "pastel", "sketch")
 WORDS = (*"a and with picture photo of on background , in style".split(), *SHAPES, *COLOURS, *GROUNDS, *PATTERNS, *STYLES)
 MAX_ITEMS = 3
+
+# For a model that is told a class instead of a prompt: one object, on a plain ground, on a pattern or in a style.
+LOOKS = ("plain", *PATTERNS, *STYLES)
+CLASSES = tuple(
+    f"{colour} {shape}" + ("" if look == "plain" else f", {look}") for look in LOOKS for colour in COLOURS for shape in SHAPES
+)
 
 # Pastel grounds stand in for GROUNDS one by one; the other two styles have one ground each.
 _PASTEL_GROUNDS = ((0.80, 0.86, 0.93), (0.88, 0.82, 0.92), (0.83, 0.91, 0.84), (0.94, 0.86, 0.79))
@@ -118,6 +124,24 @@ def sample(rng: random.Random, *, objects: int | None = None, style: str | None 
     drawn = rng.choice(PATTERNS) if pattern and not style and rng.random() < 0.27 else None
     shift = (rng.uniform(0, 8), rng.uniform(0, 8))
     return Scene(items, ground, drawn, style or None, shift, _caption(rng, items, ground, drawn, style or None))
+
+
+def class_parts(index: int) -> tuple[str, str, str]:
+    """Look, colour and shape of class ``index`` of ``CLASSES``."""
+    look, rest = divmod(index, len(COLOURS) * len(SHAPES))
+    colour, shape = divmod(rest, len(SHAPES))
+    return LOOKS[look], list(COLOURS)[colour], SHAPES[shape]
+
+
+def sample_class(rng: random.Random) -> tuple[int, Scene]:
+    """A class and a scene of it. Plain ones come as often as all other looks together."""
+    per_look = len(COLOURS) * len(SHAPES)
+    look = rng.randrange(1, len(LOOKS)) if rng.random() < 0.5 else 0
+    index = look * per_look + rng.randrange(per_look)
+    name, colour, shape = class_parts(index)
+    scene = sample(rng, objects=1, style=name if name in STYLES else None, pattern=False)
+    item = replace(scene.items[0], colour=colour, shape=shape)
+    return index, replace(scene, items=(item,), pattern=name if name in PATTERNS else None)
 
 
 # --------------------------------------------------------------------------------------------- distances

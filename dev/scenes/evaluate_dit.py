@@ -1,0 +1,138 @@
+"""Does the trained DiT draw the classes it is told? Through the pack's loader, label and sampler nodes.
+
+    python dev eval dit [--pictures N] [--steps N] [--cfg X] [--seed N] [--only ROW ...] [--sheet FILE] [--json FILE]
+
+The classes are those that ``detect`` can judge: plain ones and patterned ones, in turn. Rows: the host's euler, the paper's
+ddpm with the learned variance, T-GATE's self-attention intervals, and fewer steps at T-GATE's cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from host_inprocess import pack_nodes, start_host
+from torch import Tensor
+
+from scenes import detect, draw, evaluate
+from scenes.evaluate import host_node
+from scenes.train_dit import CHECKPOINT
+
+JUDGED = len(draw.CLASSES) * (1 + len(draw.PATTERNS)) // len(draw.LOOKS)  # the styles come after these
+
+
+def load(checkpoint: Path = CHECKPOINT) -> Any:
+    """MODEL of the DiT through the pack's loader."""
+    import folder_paths
+
+    folder_paths.add_model_folder_path("diffusion_models", str(checkpoint.parent))
+    return pack_nodes()["DiTLoader"].execute(checkpoint.name)[0]
+
+
+def judged_classes(count: int) -> list[int]:
+    """``count`` classes spread over those that can be judged."""
+    stride = next(s for s in range(JUDGED * 5 // 8, JUDGED) if torch.gcd(torch.tensor(s), torch.tensor(JUDGED)) == 1)
+    return [i * stride % JUDGED for i in range(count)]
+
+
+@torch.inference_mode()
+def generate(
+    model: Any, vae: Any, labels: list[int], *, steps: int, cfg: float, seed: int, sampler: str = "euler", batch: int = 16
+) -> Tensor:
+    """Pictures [N, 256, 256, 3] in 0..1. Picture number i always gets noise number i of ``seed``."""
+    from comfy_extras import nodes_custom_sampler as core
+
+    def run(name: str, **inputs: Any) -> Any:
+        node = getattr(core, name)
+        return (node.execute(**inputs) if hasattr(node, "execute") else getattr(node(), node.FUNCTION)(**inputs))[0]
+
+    chosen = pack_nodes()["DiTSampler"].execute()[0] if sampler == "ddpm" else run("KSamplerSelect", sampler_name=sampler)
+    sigmas = run("BasicScheduler", model=model, scheduler="normal", steps=steps, denoise=1.0)
+    pictures = []
+    for start in range(0, len(labels), batch):
+        part = labels[start : start + batch]
+        positive, negative = pack_nodes()["DiTClassLabel"].execute("0", ", ".join(map(str, part))).args[:2]
+        latent = host_node("EmptyLatentImage")(width=evaluate.SIDE, height=evaluate.SIDE, batch_size=len(part))[0]
+        latent["batch_index"] = list(range(start, start + len(part)))
+        guider = run("CFGGuider", model=model, positive=positive, negative=negative, cfg=cfg)
+        noise = run("RandomNoise", noise_seed=seed)
+        sampled = run("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=chosen, sigmas=sigmas, latent_image=latent)
+        for some in sampled["samples"].split(4):
+            pictures.append(host_node("VAEDecode")(vae=vae, samples={"samples": some})[0].float().cpu().clamp(0, 1))
+    return torch.cat(pictures)
+
+
+def score(pictures: Tensor, labels: list[int]) -> list[detect.Finding]:
+    return [detect.find(picture, *draw.class_parts(label)[1:]) for picture, label in zip(pictures, labels, strict=True)]
+
+
+def rows(model: Any, steps: int) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Name -> patched model and what is changed in its sampling."""
+
+    def tgate(**settings: Any) -> Any:
+        return pack_nodes()["TGateCache"].execute(model, **settings)[0]
+
+    fewer = round(steps * 0.7)
+    return {
+        "euler": (model, {}),
+        f"euler, {fewer} steps": (model, {"steps": fewer}),
+        "ddpm, learned variance": (model, {"sampler": "ddpm", "steps": 4 * steps}),
+        "T-GATE defaults": (tgate(), {}),
+        "T-GATE, sp_interval 1 (negative dropped only)": (tgate(sp_interval=1), {}),
+        "T-GATE, sp_interval 3": (tgate(sp_interval=3), {}),
+        "T-GATE, fi_interval 2": (tgate(fi_interval=2), {}),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of ``python dev eval dit``."""
+    parser = argparse.ArgumentParser(prog="python dev eval dit", description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--pictures", type=int, default=168)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows whose name begins so")
+    parser.add_argument("--sheet", type=Path, help="write a contact sheet of the first row here")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    args = parser.parse_args(argv)
+    start_host()
+    import comfy.utils
+
+    comfy.utils.set_progress_bar_enabled(False)
+    model, vae = load(args.checkpoint.resolve()), evaluate.load()[2]
+    labels = judged_classes(args.pictures)
+    sampling = {"steps": args.steps, "cfg": args.cfg, "seed": args.seed}
+    print(f"{args.pictures} pictures, {args.steps} steps, cfg {args.cfg:g}, seed {args.seed}")
+    report: dict[str, Any] = {}
+    plain: Tensor | None = None
+    wanted: Callable[[str], bool] = lambda name: not args.only or any(name.startswith(start) for start in args.only)  # noqa: E731
+    for name, (patched, changed) in rows(model, args.steps).items():
+        if not wanted(name):
+            continue
+        began = time.perf_counter()
+        pictures = generate(patched, vae, labels, **{**sampling, **changed})
+        seconds = (time.perf_counter() - began) / len(labels)
+        right = evaluate.share([finding.right for finding in score(pictures, labels)])
+        plain = pictures if plain is None else plain
+        difference = float((pictures - plain).square().mean().sqrt())
+        report[name] = {"right": right, "seconds": seconds, "root mean square difference to the first row": difference}
+        print(
+            f"  {name:48s} right {right['share']:.3f} ({right['low']:.3f} to {right['high']:.3f})  "
+            f"difference {difference:.3f}  {seconds:.2f} s a picture",
+            flush=True,
+        )
+    if args.sheet and plain is not None:
+        evaluate.sheet(plain, args.sheet, columns=14, side=96)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({**sampling, "rows": report}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
