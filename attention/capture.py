@@ -26,7 +26,7 @@ from . import host
 from .host import ModelOptions, TransformerOptions, log
 from .layer_names import parse_layers
 from .maps import AttnMaps, Grid
-from .placement import CallContext, Placement, joint_placement
+from .placement import CallContext, Placement, joint_placement, picture_rows
 from .probabilities import AttentionInputs, attention_inputs, row_probabilities
 from .recorder import CaptureRun, CaptureSettings, Track, pooled_mass, pooled_queries, self_grid
 from .run import StepClock
@@ -214,15 +214,12 @@ class ModelCall:
         if grid is None or inputs.queries < math.prod(grid):
             self._note_unplaced(layer)
             return None
-        image = math.prod(grid)
         if layer.kind == "joint":
             place = self._place_joint(inputs, grid)
             if place is None:
                 self._note_unplaced(layer)
             return place
-        leading = any(self.arguments.get(name) is not None for name in (self.layout.leading if self.layout else ()))
-        start = inputs.queries - image if leading else 0
-        rows = slice(start, start + image)
+        rows = picture_rows(self._context(), inputs.queries, grid)
         if inputs.keys == inputs.queries and layer.kind != "cross":
             return Placement(grid, rows, None, rows)
         if layer.kind == "self":
@@ -235,8 +232,10 @@ class ModelCall:
         return Placement(grid, rows, slice(0, inputs.keys), None)
 
     def _place_joint(self, inputs: AttentionInputs, grid: Grid) -> Placement | None:
-        context = CallContext(self.network, self.layout, self.latent, self.text, self.arguments)
-        return joint_placement(context, inputs.keys, inputs.queries, grid)
+        return joint_placement(self._context(), inputs.keys, inputs.queries, grid)
+
+    def _context(self) -> CallContext:
+        return CallContext(self.network, self.layout, self.latent, self.text, self.arguments)
 
     def _grid(
         self, layer: CaptureLayer, inputs: AttentionInputs, shape: tuple[int, ...], options: TransformerOptions

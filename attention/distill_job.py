@@ -211,6 +211,11 @@ def _check_sampler(sampler: Any) -> None:
 
 def _fitting(latent: Tensor, name: str, model: Any) -> Tensor:
     channels, dimensions = host.latent_channels(model)
+    if host.packs_latents(model):
+        raise ValueError(
+            f"{type(model.model).__name__} packs its latents in another form than its VAE, so {name} cannot be compared with "
+            "what it samples. Attention Distillation does not work with this model."
+        )
     if dimensions == 3 and latent.ndim == 4:
         latent = latent.unsqueeze(2)
     if latent.ndim != dimensions + 2 or latent.shape[1] != channels:

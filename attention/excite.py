@@ -413,8 +413,9 @@ class ExciteGuider(comfy.samplers.CFGGuider):
         if not any(settings.acts_in(step, steps) for step in range(steps)):
             return super().inner_sample(noise, latent_image, device, sampler, sigmas, *args, **kwargs)
         check_sampler(sampler)
-        chosen = guided_layers(host.diffusion_model(self.inner_model), noise.shape, settings)
-        self._check_room(chosen, noise.shape)
+        latent = (kwargs.get("latent_shapes") or [noise.shape])[0]  # of video with sound, which comes packed, the video's
+        chosen = guided_layers(host.diffusion_model(self.inner_model), latent, settings)
+        self._check_room(chosen, latent)
         runs: list[ExciteRun] = []
 
         def before_step(model: Any, step: int, x: Tensor, sigma: Tensor, call: dict[str, Any]) -> None:

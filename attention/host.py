@@ -289,6 +289,13 @@ def latent_channels(model: ModelPatcher) -> tuple[int, int]:
     return latent_format.latent_channels, latent_format.latent_dimensions
 
 
+def packs_latents(model: ModelPatcher) -> bool:
+    """Whether the model samples latents of another shape than its VAE's (HunyuanImage's refiner)."""
+    channels, dimensions = latent_channels(model)
+    latent = torch.zeros(1, channels, *(1,) * dimensions)
+    return model.get_model_object("latent_format").process_in(latent).shape != latent.shape
+
+
 def preview_callback(model: ModelPatcher, steps: int) -> Callable[..., None]:
     """The sampler's progress bar with its live preview: ``callback(step, denoised, x, steps)``."""
     import latent_preview

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .sites import CaptureLayer, Grid, JointCall, NetworkLayout, layer_grid
+from .sites import CaptureLayer, Grid, JointCall, NetworkLayout, layer_grid, token_grid
 
 if TYPE_CHECKING:
     from .gradient import AttentionCall
@@ -55,6 +55,18 @@ def joint_placement(context: CallContext, keys: int, queries: int, grid: Grid) -
     return Placement(grid, spans.image if queries == keys else slice(0, image), spans.text, spans.image, spans.again)
 
 
+def picture_rows(context: CallContext, queries: int, grid: Grid) -> slice:
+    """The picture's own tokens among the queries of a network with cross-attention; others may come before and behind them."""
+    layout, image = context.layout, math.prod(grid)
+    start = 0
+    for name in layout.leading if layout is not None else ():
+        other = context.arguments.get(name)
+        tokens = None if other is None else token_grid(context.network, layout, other.shape, 0)
+        start += math.prod(tokens) if tokens is not None else 0
+    start = min(start, queries - image)  # a network may have no use for what it is given
+    return slice(start, start + image)
+
+
 def text_placement(layer: CaptureLayer, call: AttentionCall) -> Placement | None:
     """In a call of a layer that the table knows; None where its tokens cannot be told apart."""
     context = call.context
@@ -63,9 +75,7 @@ def text_placement(layer: CaptureLayer, call: AttentionCall) -> Placement | None
         return None
     if layer.kind == "joint":
         return joint_placement(context, call.inputs.keys, call.inputs.queries, grid)
-    leading = context.layout.leading if context.layout is not None else ()
-    start = call.inputs.queries - math.prod(grid) if any(context.arguments.get(name) is not None for name in leading) else 0
-    rows = slice(start, start + math.prod(grid))
+    rows = picture_rows(context, call.inputs.queries, grid)
     if layer.kind == "self":
         return Placement(grid, rows, None, rows)
     return Placement(grid, rows, slice(0, call.inputs.keys), None)

@@ -327,7 +327,8 @@ class CaptureRun:
     def add_text(self, track: Track, layer: str, heads: int, maps: Tensor) -> None:
         """Add one call's attention: (batch, heads or 1, tokens, frames, height, width)."""
         with self.lock:
-            if any(known.total.shape[2:4] != maps.shape[2:4] for known in track.layers.values()):
+            first = next(iter(track.layers.values()), None)  # the others have its tokens and frames, or were left out
+            if first is not None and first.total.shape[2:4] != maps.shape[2:4]:
                 self.note("another node gives some layers other text tokens, and those are left out")
                 return
             self.longest = max(self.longest, *maps.shape[-2:])
@@ -448,7 +449,8 @@ class CaptureRun:
     def _prompt_maps(self, track: Track) -> PromptMaps:
         grid = track.finest if track.layers else max(track.self_sums, key=lambda grid: grid[1] * grid[2])
         names = sorted(track.layers, key=self.order.index)
-        layers = {name: LayerMaps(layer.heads, self._final(layer, grid)) for name in names if (layer := track.layers[name])}
+        fit = self._resized_bytes() <= self.limit
+        layers = {name: LayerMaps(layer.heads, self._final(layer, grid, fit)) for name in names if (layer := track.layers[name])}
         tokens = {layer.maps.shape[2] for layer in layers.values()}
         figures = None
         if track.figures:
@@ -470,11 +472,11 @@ class CaptureRun:
             rows=track.rows,
         )
 
-    def _final(self, layer: LayerSum, grid: Grid) -> Tensor:
+    def _final(self, layer: LayerSum, grid: Grid, resized_fit: bool) -> Tensor:
         """DAAM's order where heads are not asked for: each head to the finest grid, clamped, then the mean over heads."""
         total = layer.total
         if not self.settings.per_head and total.shape[1] > 1:
-            if self._resized_bytes() > self.limit:
+            if not resized_fit:
                 total = total.mean(1, keepdim=True)
             else:
                 total = torch.stack([resized(maps, grid[1:]).mean(0, keepdim=True) for maps in total])
@@ -482,12 +484,12 @@ class CaptureRun:
 
     def _resized_bytes(self) -> int:
         """Size of all layers on their prompt's finest grid."""
-        sizes = [
-            (_bytes(layer.total) // layer.total.shape[1] // math.prod(_grid_of(layer.total))) * math.prod(track.finest)
-            for track in self.tracks.values()
-            for layer in track.layers.values()
-        ]
-        return sum(sizes)
+        size = 0
+        for track in self.tracks.values():
+            totals = [layer.total for layer in track.layers.values()]
+            cells = math.prod(track.finest) if totals else 0
+            size += sum(_bytes(total) // total.shape[1] // math.prod(_grid_of(total)) * cells for total in totals)
+        return size
 
     def _note_missed(self) -> None:
         unseen = [name for name in self.order if name in self.missed and not any(name in t.layers for t in self.tracks.values())]

@@ -184,6 +184,11 @@ def _text_last(call: JointCall) -> JointSpans:
     return JointSpans(_span(call.keys - call.text, call.text), _span(0, call.image))
 
 
+def _cut_text_last(call: JointCall) -> JointSpans:
+    """Mochi: image, and the text without its padding."""
+    return JointSpans(_span(call.image, call.keys - call.image), _span(0, call.image))
+
+
 def _boogu(call: JointCall) -> JointSpans | None:
     """Text, image. With reference images a second attention of pictures only has the same look."""
     return None if call.has("ref_latents") else _image_last(call)
@@ -279,6 +284,8 @@ _NETWORKS: dict[str, NetworkLayout | None] = {
     "comfy.ldm.pixart.pixartms.PixArtMS": NetworkLayout("PixArt", _BLOCKS, drops_options=("comfy.ldm.pixart.blocks",)),
     "comfy.ldm.hydit.models.HunYuanDiT": NetworkLayout("HunyuanDiT", _BLOCKS, drops_options=("comfy.ldm.hydit.attn_layers",)),
     "comfy.ldm.wan.model.WanModel": NetworkLayout("Wan", _BLOCKS, leading=("reference_latent",)),
+    "comfy.ldm.wan.model.HumoWanModel": NetworkLayout("Wan", _BLOCKS),  # these two have the reference behind the picture
+    "comfy.ldm.wan.model.WanModel_S2V": NetworkLayout("Wan", _BLOCKS),
     "comfy.ldm.wan.ar_model.CausalWanModel": None,
     "comfy.ldm.lightricks.model.LTXVModel": NetworkLayout("LTX-Video", _TRANSFORMER_BLOCKS, patch=""),
     "comfy.ldm.cosmos.predict2.MiniTrainDIT": NetworkLayout("Cosmos-Predict2", _BLOCKS, patch="patch_spatial"),
@@ -289,6 +296,8 @@ _NETWORKS: dict[str, NetworkLayout | None] = {
         "Boogu", (("double_stream_layers", "double"), ("single_stream_layers", "single")), _boogu
     ),
     "comfy.ldm.pixeldit.model.PixDiT_T2I": NetworkLayout("PixelDiT", (("patch_blocks", "block"),), _pixeldit, repeats_text=True),
+    "comfy.ldm.genmo.joint_model.asymm_models_joint.AsymmDiTJoint": NetworkLayout("Mochi", _BLOCKS, _cut_text_last),
+    "comfy.ldm.ideogram4.model.Ideogram4Transformer2DModel": NetworkLayout("Ideogram 4", _LAYERS, _text_first, patch=""),
     "comfy.ldm.cogvideo.model.CogVideoXTransformer3DModel": NetworkLayout("CogVideoX", _BLOCKS, _text_first, repeats_text=True),
     "comfy.ldm.kandinsky5.model.Kandinsky5": NetworkLayout(
         "Kandinsky 5", (("visual_transformer_blocks", "block"),), attention=("self_attention", "cross_attention")
@@ -361,6 +370,8 @@ def _block_layers(name: str, block: torch.nn.Module) -> list[CaptureLayer]:
         module = getattr(block, names[0], None) if names else None
         if module is not None:
             kind = _actual_kind(block, names[0], cast(Kind, usual))
+            if (usual, kind) == ("self", "cross"):
+                continue  # it looks at the text a second time; the block's own cross-attention stands for both
             layers.append(CaptureLayer(name, kind, module, skip=int(hasattr(module, "k_img"))))
     return layers
 

@@ -31,6 +31,7 @@ from .sites import AttentionSite, Kind, attention_sites
 KEY = "fovea.tgate"
 
 POSITIVE, NEGATIVE = 0, 1
+SETTLED = 0.5  # of the largest change of the run
 
 
 class CfgAfterGate(str, Enum):
@@ -62,7 +63,7 @@ class TGateSettings:
         fi_interval: the same from the gate on.
         warm_up: steps at the start in which self-attention is always computed.
         tolerance: auto mode only; the gate opens once cross-attention changes by less than this from one step to the
-            next (relative L2 norm over all modules).
+            next (relative L2 norm over all modules), and by less than half of the run's largest change.
     """
 
     gate_at: float = 0.4
@@ -444,14 +445,17 @@ class TGate:
         return NEGATIVE
 
     def _watch_convergence(self, run: TGateRun) -> None:
-        """Auto mode: once two successive steps agree, the next one stores and the gate opens after it."""
+        """Auto mode: once two successive steps agree, the next one stores and the gate opens after it.
+
+        They must agree after having differed: in the first steps all is noise, and attention changes little before it settles.
+        """
         if run.settings.mode is not Mode.AUTO or run.step >= run.gate - 1 or not run.first_at_step:
             return
         change = run.change.finish_step()
         if change is None:
             return
         run.changes[run.step] = change
-        if change < run.settings.tolerance:
+        if change < run.settings.tolerance and change < SETTLED * max(run.changes.values()):
             run.gate = min(run.gate, run.step + 2)
             run.change.clear()
 

@@ -127,6 +127,7 @@ def pair(maps: AttnMaps, images: torch.Tensor, prompt: str) -> list[Source]:
     Picture b belongs to entry b of the captured batch; the map of a single entry serves any number of pictures. The frames
     of a video are spread evenly over its latent frames.
     """
+    maps.of(prompt)  # says why, where there is nothing
     count, height, width = images.shape[:3]
     rows, columns = maps.grid
     if abs(columns - rows * width / height) > 1 + 0.04 * columns and abs(rows - columns * height / width) > 1 + 0.04 * rows:

@@ -1,4 +1,4 @@
-"""The developer commands: `python dev demo`, `python dev test`, `python dev eval`, `python dev bench NAME`.
+"""The developer commands: `python dev demo`, `test`, `eval`, `bench NAME`, `matrix`, `api` and `env`.
 
 Any Python 3.10 or newer can start them. It makes the environment they need, then hands over to that environment's
 Python: the same command again, with `FOVEA_INSIDE` set and `COMFYUI_PATH` naming the host. Started this way, the folder
@@ -40,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("eval", parents=[host], add_help=False, help="measure the embedded model, or a technique on it: eval [NAME]; eval --help")
     bench = add("bench", parents=[host], add_help=False, help="measure speed and memory; bench NAME --help")
     bench.add_argument("name", choices=benchmarks(), metavar="NAME", help=f"one of: {', '.join(benchmarks())}")
+    add("matrix", parents=[host], add_help=False, help="what every node does on every family of models; matrix --help")
+    add("api", parents=[host], add_help=False, help="does a ComfyUI have every name that the pack uses? api --help")
     add("env", parents=[host], help="only make the environment and the hosts, and say where they are")
     return parser
 
@@ -83,6 +85,9 @@ def run_inside(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.command == "eval":
         script, rest = evaluation(rest)
         return run_script(script, rest)
+    scripts = {"matrix": "matrix.py", "api": "host_api.py"}
+    if arguments.command in scripts:
+        return run_script(environment.DEV / scripts[arguments.command], rest)
     return run_script(environment.DEV / "bench" / f"{arguments.name}.py", rest)
 
 

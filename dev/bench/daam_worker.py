@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 
-from bench.models import SD15, TINY, TOKENS, Shape, diffusers_unet, random_tensor, randomise
+from bench.models import DTYPES, SD15, TINY, TOKENS, Shape, Target, diffusers_unet, random_tensor, randomise
 
 _KNOWN_SIDE = 64  # of the latent that daam takes a picture of SD1.x to have
 
 
-def build(shape: Shape) -> Any:
+def build(shape: Shape, target: Target) -> Any:
     """A pipeline of a network and a scheduler alone."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    unet = diffusers_unet(shape).to_empty(device="cpu")
+    unet = diffusers_unet(shape).to(target.dtype).to_empty(device=target.device)
     with torch.no_grad():
         randomise(unet)
     unet.register_to_config(sample_size=_KNOWN_SIDE)
@@ -46,15 +46,18 @@ def tracer(pipe: Any, folder: str) -> Any:
     return made
 
 
-def run(pipe: Any, shape: Shape, size: int, steps: int, made: Any = None) -> int:
-    positive, negative = (random_tensor(seed, 1, TOKENS, shape.context) for seed in (1, 2))
+def run(pipe: Any, shape: Shape, size: int, steps: int, target: Target, made: Any = None) -> int:
+    positive, negative = (target.put(random_tensor(seed, 1, TOKENS, shape.context)) for seed in (1, 2))
+    latent = target.put(random_tensor(0, 1, 4, size // 8, size // 8))
     if made is not None:
         made.all_heat_maps.clear()
     with made or nullcontext():
         pipe(
             height=size, width=size, num_inference_steps=steps, guidance_scale=7.5, prompt_embeds=positive,
-            negative_prompt_embeds=negative, latents=random_tensor(0, 1, 4, size // 8, size // 8), output_type="latent",
+            negative_prompt_embeds=negative, latents=latent, output_type="latent",
         )  # fmt: skip
+    if target.on_gpu:
+        torch.cuda.synchronize()
     return 0 if made is None else sum(heat.numel() * heat.element_size() for _, heat in made.all_heat_maps)
 
 
@@ -65,15 +68,17 @@ def main() -> None:
     parser.add_argument("--size", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--dtype", choices=DTYPES, required=True)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    shape = TINY if args.tiny else SD15
-    pipe = build(shape)
+    shape, target = TINY if args.tiny else SD15, Target(torch.device(args.device), getattr(torch, args.dtype))
+    pipe = build(shape, target)
     with tempfile.TemporaryDirectory() as folder:
         made = tracer(pipe, folder)
         for wish in sys.stdin:
-            found = run(pipe, shape, args.size, args.steps, made if wish.strip() == "daam" else None)
+            found = run(pipe, shape, args.size, args.steps, target, made if wish.strip() == "daam" else None)
             print(json.dumps(found), file=answers, flush=True)
 
 

@@ -1,6 +1,6 @@
 """Attention Distillation: time and memory beside a plain restatement of the authors' guided sampling.
 
-    python dev bench distill [--size PX] [--steps N] [--pairs N] [--iterations N] [--threads N] [--tiny] [--out FILE]
+    python dev bench distill [--size PX] [--steps N] [--pairs N] [--iterations N] [--dtype T] [--tiny] [--out FILE]
 
 The restatement is the one that the tests hold the node against (``tests/distill_reference.py``): hooks, autograd through the
 whole network, the reference looked at in every step of every run. Both sides sample with the same random weights in SD1.5's
@@ -20,7 +20,6 @@ import gc
 import importlib.util
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,15 +31,15 @@ import torch
 from host_inprocess import ROOT, load_pack, pack_nodes, start_host
 from torch import Tensor
 
-from bench.measure import Timings, machine, ratios, table, take_turns
+from bench.measure import Timings, machine, now, ratios, table, take_turns
 from bench.memory import AllocatedMemory, HeldTensors
-from bench.models import SD15, TINY, TOKENS, Shape, random_tensor, sd15_shaped
+from bench.models import CPU, SD15, TINY, TOKENS, Shape, Target, add_dtype_argument, host_unet, random_tensor
 
 CFG, LEARNING_RATE = 7.5, 0.015
 LAYERS = (10, 16)  # as the authors count SD1.5's self-attentions
 THEIRS = "plain restatement"
 FIRST, AGAIN, LOW = "ours, first run", "ours, repeated run", "ours, repeated run, low memory"
-SAME_LOSS = 1e-4
+SAME_LOSS, SAME_ROUNDED_LOSS = 1e-4, 0.25
 
 
 @dataclass(frozen=True)
@@ -100,17 +99,30 @@ def restatement() -> Any:
     return module
 
 
+def casting(network: torch.nn.Module, target: Target) -> torch.nn.Module:
+    """The network, which then takes what it is given to its device and type as the host would, and answers in float32."""
+
+    def cast(module: Any, args: tuple[Tensor, Tensor], kwargs: dict[str, Tensor]) -> Any:
+        z, times = args
+        return (target.put(z), times.to(target.device)), {name: target.put(value) for name, value in kwargs.items()}
+
+    network.register_forward_pre_hook(cast, with_kwargs=True)
+    network.register_forward_hook(lambda module, args, output: output.float())
+    return network
+
+
 class Setup:
     """Our model, and the restatement with weights of its own that have the same values."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, target: Target = CPU) -> None:
         load_pack()
         from fovea_attention.attention import distill, distill_reference
 
-        self.model = sd15_shaped(shape)
+        self.target = target
+        self.model = host_unet(shape, target)
         self.distill, self.features = distill, distill_reference
         self.stated = restatement()
-        self.twin = self.stated.plain_copy(self.model.model.diffusion_model)
+        self.twin = casting(self.stated.plain_copy(self.model.model.diffusion_model), target)
 
     def sigmas(self, steps: int) -> Tensor:
         import comfy.samplers
@@ -128,14 +140,14 @@ class Setup:
         base_model = self.model.model
         pictures = (torch.zeros_like(case.latent(0)), base_model.process_latent_out(case.latent(3)))
         ran = Ran()
-        began = time.perf_counter()
+        began = now()
         with torch.inference_mode(), metered(self.distill._Run, "after_step", ran, meter):
             output, _, report = pack_nodes()["AttentionDistillSampler"].execute(
                 Noise(case.latent(0)), guider, comfy.samplers.sampler_object("euler"), self.sigmas(case.steps),
                 *({"samples": picture} for picture in pictures), [[case.prompt(4), {}]], iterations=case.iterations,
                 learning_rate=LEARNING_RATE, memory=memory,
             ).args  # fmt: skip
-        ran.whole = time.perf_counter() - began
+        ran.whole = now() - began
         ran.losses = [loss for step in json.loads(report)["steps"] for loss in step["loss"]]
         ran.latent = base_model.process_latent_in(output["samples"])
         return ran
@@ -146,18 +158,20 @@ class Setup:
         times = [self.stated.diffusion_time(sampling, sigma) for sigma in sigmas]
         least = self.stated.diffusion_time(sampling, float(sampling.sigma_min))
         ran = Ran()
+        given = (case.latent(0), case.latent(3), *map(case.prompt, (4, 1, 2)))
+        noise, reference, null, positive, negative = (tensor.to(self.target.device) for tensor in given)
         with mock.patch.object(self.stated, "plain_copy", lambda network: network):
             official = self.stated.Official(
-                self.twin, LAYERS, "eps", case.prompt(4), case.latent(3),
+                self.twin, LAYERS, "eps", null, reference,
                 lambda like, sigma, purpose, place: self.features.fixed_noise(like, sigma, self.features.Purpose(purpose), place),
                 lr=LEARNING_RATE, iterations=case.iterations, adain=True,
             )  # fmt: skip
         at_the_top = sigmas[0] >= float(sampling.sigma_max) * (1 - 1e-5)
-        start = case.latent(0) * (1.0 if at_the_top else times[0].sigma)
-        began = time.perf_counter()
+        start = noise * (1.0 if at_the_top else times[0].sigma)
+        began = now()
         with metered(self.stated.Official, "_distil", ran, meter):
-            ran.latent = official.sample(start, times, least, case.prompt(1), case.prompt(2), CFG)
-        ran.whole = time.perf_counter() - began
+            ran.latent = official.sample(start, times, least, positive, negative, CFG).cpu()
+        ran.whole = now() - began
         ran.losses = official.losses
         return ran
 
@@ -176,9 +190,9 @@ def metered(owner: Any, name: str, ran: Ran, meter: Meter) -> Iterator[None]:
     method = getattr(owner, name)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
+        began = now()
         found = meter(functools.partial(method, *args, **kwargs))
-        ran.distilling.append(time.perf_counter() - began)
+        ran.distilling.append(now() - began)
         return found
 
     with mock.patch.object(owner, name, watched):
@@ -207,9 +221,10 @@ def measure_time(setup: Setup, case: Case, pairs: int, say: Callable[[str], None
 
     take_turns({name: functools.partial(whole_run, name, side) for name, side in setup.sides().items()}, pairs, say)
     found = {name: ran[1:] for name, ran in runs.items()}
+    same = SAME_LOSS if setup.target.exact else SAME_ROUNDED_LOSS
     for name, ran in found.items():
         first, _ = difference(ran[0], found[THEIRS][0])
-        if len(ran[0].losses) != case.steps * case.iterations or not first <= SAME_LOSS:
+        if len(ran[0].losses) != case.steps * case.iterations or not first <= same:
             raise SystemExit(
                 f"{name} has not done the same work: its first loss differs by {first:.1e}, so nothing can be compared."
             )
@@ -225,18 +240,20 @@ def within(memory: HeldTensors | AllocatedMemory, call: Callable[[], Any]) -> An
         memory.stop()
 
 
-def measure_memory(setup: Setup, case: Case) -> dict[str, tuple[int, int]]:
-    """Peak bytes while one step is distilled with one iteration: of tensors that are held, and as the allocator has it."""
+def measure_memory(setup: Setup, case: Case) -> dict[str, dict[str, int]]:
+    """Peak bytes while one step is distilled with one iteration: of tensors that are held, and as the allocator has it.
+
+    On a GPU there is the allocator's record alone.
+    """
     alone = replace(case, steps=1, iterations=1)
-    found = {}
+    found: dict[str, dict[str, int]] = {}
     for name, side in setup.sides().items():
         side(alone, unmetered)
-        peaks = []
-        for kind in (HeldTensors, AllocatedMemory):
-            memory = kind()
+        found[name] = {}
+        kinds: dict[str, HeldTensors | AllocatedMemory] = {} if setup.target.on_gpu else {"tensors held": HeldTensors()}
+        for kind, memory in (kinds | {"allocated": AllocatedMemory(setup.target.device)}).items():
             side(alone, functools.partial(within, memory))
-            peaks.append(memory.peak)
-        found[name] = peaks[0], peaks[1]
+            found[name][kind] = memory.peak
     return found
 
 
@@ -261,16 +278,17 @@ def time_table(case: Case, runs: dict[str, list[Ran]]) -> str:
     return table(header, rows)
 
 
-def memory_table(found: dict[str, tuple[int, int]]) -> str:
+def memory_table(found: dict[str, dict[str, int]]) -> str:
+    theirs = found[THEIRS]
     rows = [
-        (name, *(f"{peak / 2**20:.1f} MiB, {100 * peak / other:.0f} %" for peak, other in zip(peaks, found[THEIRS], strict=True)))
+        (name, *(f"{peaks[kind] / 2**20:.1f} MiB, {100 * peaks[kind] / other:.0f} %" for kind, other in theirs.items()))
         for name, peaks in found.items()
     ]
-    return table(("peak while a step is distilled, and share of theirs", "tensors held", "allocated"), rows)
+    return table(("peak while a step is distilled, and share of theirs", *theirs), rows)
 
 
-def report(case: Case, pairs: int) -> str:
-    setup = Setup(case.shape)
+def report(case: Case, pairs: int, target: Target) -> str:
+    setup = Setup(case.shape, target)
     title = f"## Attention Distillation: U-Net of {case.shape.channels} channels in SD1.5's shape, {case.size} px"
     print(title, flush=True)
     peaks = measure_memory(setup, case)
@@ -280,29 +298,31 @@ def report(case: Case, pairs: int) -> str:
         f"Guided sampling, {case.steps} steps of ddim_uniform, {case.iterations} iterations of {LEARNING_RATE:g} after each, "
         f"AdaIN, cfg {CFG:g}, one reference of the picture's size. Median of {pairs} pairs (lowest to highest)."
     )
-    return "\n\n".join([title, f"Measured on: {machine()}.", settings, time_table(case, runs), memory_table(peaks)])
+    return "\n\n".join([title, f"Measured on: {machine(target)}.", settings, time_table(case, runs), memory_table(peaks)])
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python dev bench distill", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, help="pixels of the side, in multiples of 64 (default 256)")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a run")
+    parser.add_argument("--size", type=int, help="pixels of the side, in multiples of 64 (default 256; on a GPU 512)")
+    parser.add_argument("--steps", type=int, help="steps of a run (default 4; on a GPU 6)")
+    add_dtype_argument(parser)
     parser.add_argument("--iterations", type=int, default=3, help="after each step (published: 3)")
     parser.add_argument("--pairs", type=int, default=3, help="counted turns of all variants")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--tiny", action="store_true", help="a tiny network and a small picture, to try the benchmark itself")
     parser.add_argument("--out", type=Path, help="write the report here as well")
     args = parser.parse_args(argv)
-    case = Case(TINY if args.tiny else SD15, args.size or (128 if args.tiny else 256), args.steps, args.iterations)
-    if case.size % 64:
-        parser.error(f"--size {case.size}: the network halves the latent three times, so use a multiple of 64")
+    if args.size and args.size % 64:
+        parser.error(f"--size {args.size}: the network halves the latent three times, so use a multiple of 64")
     start_host()
     import comfy.utils
 
     comfy.utils.set_progress_bar_enabled(False)
     if args.threads:
         torch.set_num_threads(args.threads)
-    written = report(case, args.pairs)
+    target = Target.here(args.dtype)
+    shape, size, steps = (TINY, 128, 4) if args.tiny else (SD15, 512, 6) if target.on_gpu else (SD15, 256, 4)
+    written = report(Case(shape, args.size or size, args.steps or steps, args.iterations), args.pairs, target)
     print(f"\n{written}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

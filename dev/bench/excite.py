@@ -1,6 +1,6 @@
 """Attend-and-Excite: time and memory beside diffusers' StableDiffusionAttendAndExcitePipeline.
 
-    python dev bench excite [--size PX] [--steps N] [--pairs N] [--refinements N] [--memory fast low] [--threads N] [--tiny]
+    python dev bench excite [--size PX] [--steps N] [--pairs N] [--refinements N] [--memory fast low] [--dtype T] [--tiny]
 
 Both sides sample with the same random weights in SD1.5's shape, the same noise, prompts, token positions, times and
 published settings, taking turns in one process. Before that their networks' predictions are compared, after it the latents
@@ -8,8 +8,8 @@ they end with: they must have done the same work. Random weights never meet a th
 the number of refinements at each is fixed: the same small number on both sides.
 
 Time comes from inside whole runs: step by step, and gradient pass by gradient pass (forward and backward). Memory is what
-torch holds beyond the resting state, with and without the kernels' own scratch space (``bench.memory``), in one gradient
-pass and in a whole refined step.
+torch holds beyond the resting state, with and without the kernels' own scratch space (``bench.memory``; on a GPU only with
+it), in one gradient pass and in a whole refined step.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import argparse
 import functools
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,9 +29,9 @@ import torch
 from host_inprocess import load_pack, pack_nodes, start_host
 from torch import Tensor
 
-from bench.measure import Timings, machine, ratios, table, take_turns
+from bench.measure import Timings, machine, now, ratios, table, take_turns
 from bench.memory import AllocatedMemory, HeldTensors
-from bench.models import SD15, TINY, TOKENS, Shape, as_diffusers, random_tensor, sd15_shaped
+from bench.models import CPU, SD15, TINY, TOKENS, Shape, Target, add_dtype_argument, as_diffusers, host_unet, random_tensor
 
 SUBJECTS = (2, 5)  # as in "a cat and a frog"
 CFG = 7.5
@@ -40,7 +39,7 @@ PUBLISHED_FRACTIONS = (0.0, 0.2, 0.4)  # of the steps: where the published thres
 NEVER_MET = 1.0
 THEIRS = "diffusers"
 PLAIN_FORWARD = "a forward without a gradient, ours"
-SAME_NETWORK = 1e-4
+SAME_NETWORK, SAME_ROUNDED_NETWORK = 1e-4, 0.1
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,10 @@ class Passes:
 
     def start(self) -> None:
         self.forwards += 1
-        self._began = time.perf_counter()
+        self._began = now()
 
     def stop(self) -> None:
-        self.seconds.append(time.perf_counter() - self._began)
+        self.seconds.append(now() - self._began)
 
 
 @dataclass
@@ -136,12 +135,13 @@ Side = Callable[[Case, Meter], tuple[list[float], Tensor]]
 class Setup:
     """Our model, and diffusers' pipeline around the same weights."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, target: Target = CPU) -> None:
         from diffusers import DDIMScheduler, StableDiffusionAttendAndExcitePipeline
         from diffusers.utils import logging
 
         logging.set_verbosity_error()
-        self.model = sd15_shaped(shape)
+        self.target = target
+        self.model = host_unet(shape, target)
         # Scheduled as published for SD1.x, down to a clean latent as the host's samplers go.
         scheduler = DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
@@ -157,18 +157,20 @@ class Setup:
     def sigmas(self, steps: int) -> Tensor:
         """The host's name for the times at which diffusers samples."""
         self.pipe.scheduler.set_timesteps(steps)
-        known = self.model.get_model_object("model_sampling").sigmas
+        known = self.model.get_model_object("model_sampling").sigmas.cpu()
         return torch.cat([known[self.pipe.scheduler.timesteps.cpu()], known.new_zeros(1)])
 
     # Forwards
 
     def our_forward(self, case: Case) -> Tensor:
+        noise, prompt = map(self.target.put, (case.noise, case.prompts[0]))
         with torch.inference_mode():
-            return self.model.model.diffusion_model(case.noise, torch.tensor([500.0]), context=case.prompts[0])
+            return self.model.model.diffusion_model(noise, torch.tensor([500.0], device=noise.device), context=prompt)
 
     def their_forward(self, case: Case) -> Tensor:
+        noise, prompt = map(self.target.put, (case.noise, case.prompts[0]))
         with torch.no_grad():
-            return self.pipe.unet(case.noise, torch.tensor(500), encoder_hidden_states=case.prompts[0]).sample
+            return self.pipe.unet(noise, torch.tensor(500, device=noise.device), encoder_hidden_states=prompt).sample
 
     # Whole runs
 
@@ -183,26 +185,27 @@ class Setup:
             max_refinements=case.refinements, memory=memory,
         )[0]  # fmt: skip
         euler, sigmas = comfy.samplers.sampler_object("euler"), self.sigmas(case.steps)
-        stamps = [time.perf_counter()]
+        stamps = [now()]
         with torch.inference_mode(), our_passes(meter):
             sampled = guider.sample(
                 case.noise, torch.zeros_like(case.noise), euler, sigmas, disable_pbar=True, seed=0,
-                callback=lambda *_: stamps.append(time.perf_counter()),
+                callback=lambda *_: stamps.append(now()),
             )  # fmt: skip
             return stamps, self.model.model.process_latent_in(sampled)
 
     def theirs(self, case: Case, meter: Meter) -> tuple[list[float], Tensor]:
         """The pipeline as it is, but for the most refinements at a threshold, which it does not let one choose."""
         sigma = float(self.sigmas(case.steps)[0])
+        start, positive, negative = map(self.target.put, (case.noise * sigma / (1 + sigma**2) ** 0.5, *case.prompts))
         refine = functools.partial(
             type(self.pipe)._perform_iterative_refinement_step, self.pipe, max_refinement_steps=case.refinements
         )
-        stamps = [time.perf_counter()]
+        stamps = [now()]
         with mock.patch.object(self.pipe, "_perform_iterative_refinement_step", refine), their_passes(self.pipe, meter):
             sampled = self.pipe(
-                None, list(SUBJECTS), case.size, case.size, case.steps, CFG, latents=case.noise * sigma / (1 + sigma**2) ** 0.5,
-                prompt_embeds=case.prompts[0], negative_prompt_embeds=case.prompts[1], output_type="latent",
-                callback=lambda *_: stamps.append(time.perf_counter()), max_iter_to_alter=case.guided,
+                None, list(SUBJECTS), case.size, case.size, case.steps, CFG, latents=start,
+                prompt_embeds=positive, negative_prompt_embeds=negative, output_type="latent",
+                callback=lambda *_: stamps.append(now()), max_iter_to_alter=case.guided,
                 thresholds=dict.fromkeys(case.threshold_steps, NEVER_MET), attn_res=(case.size // 32, case.size // 32),
             ).images  # fmt: skip
         return stamps, sampled
@@ -253,12 +256,17 @@ def their_passes(pipe: Any, meter: Meter) -> Iterator[None]:
 
 def difference(a: Tensor, b: Tensor) -> float:
     """The largest one, as a share of the largest value."""
+    a, b = a.float().cpu(), b.float().cpu()
     return float((a - b).abs().max() / b.abs().max())
+
+
+def same_network(target: Target) -> float:
+    return SAME_NETWORK if target.exact else SAME_ROUNDED_NETWORK
 
 
 def check_networks(setup: Setup, case: Case) -> float:
     found = difference(setup.our_forward(case), setup.their_forward(case))
-    if not found <= SAME_NETWORK:
+    if not found <= same_network(setup.target):
         raise SystemExit(f"The two networks differ by {found:.1e}, so their times cannot be compared.")
     return found
 
@@ -272,7 +280,7 @@ def measure_time(
     def whole_run(name: str, side: Side) -> None:
         passes = Passes()
         stamps, latent = side(case, passes)
-        runs.setdefault(name, []).append(Ran([*stamps[:-1], time.perf_counter()], passes, latent))
+        runs.setdefault(name, []).append(Ran([*stamps[:-1], now()], passes, latent))
 
     variants: dict[str, Callable[[], object]] = {
         "forward, ours": lambda: setup.our_forward(case), "forward, diffusers": lambda: setup.their_forward(case)
@@ -286,10 +294,11 @@ def measure_time(
 class Peaks:
     """Bytes beyond the resting state: ``HeldTensors`` and ``AllocatedMemory`` of one gradient pass, and the latter of a step.
 
-    The step is a whole run of one that is refined twice and guided; a plain forward, for comparison, is of no step.
+    The step is a whole run of one that is refined twice and guided; a plain forward, for comparison, is of no step. On a GPU
+    there are no ``HeldTensors``.
     """
 
-    held: int
+    held: int | None
     allocated: int
     step: int | None = None
 
@@ -300,23 +309,28 @@ def measure_memory(setup: Setup, case: Case, memories: Sequence[str] = ("fast", 
     found = {}
     for name, side in setup.sides(memories).items():
         side(alone, Passes())
-        held, allocated, step = HeldTensors(), AllocatedMemory(), AllocatedMemory()
+        held, allocated, step = meters(setup.target)
         for meter in (held, allocated):
             gc.collect()
-            side(alone, meter)
+            if meter is not None:
+                side(alone, meter)
         gc.collect()
         with step:
             side(replace(alone, refinements=2), Passes())
-        found[name] = Peaks(held.peak, allocated.peak, step.peak)
+        found[name] = Peaks(held.peak if held else None, allocated.peak, step.peak)
     return found | {PLAIN_FORWARD: forward_memory(setup, case)}
 
 
+def meters(target: Target) -> tuple[HeldTensors | None, AllocatedMemory, AllocatedMemory]:
+    return None if target.on_gpu else HeldTensors(), AllocatedMemory(target.device), AllocatedMemory(target.device)
+
+
 def forward_memory(setup: Setup, case: Case) -> Peaks:
-    with HeldTensors() as held:
-        setup.our_forward(case)
-    with AllocatedMemory() as allocated:
-        setup.our_forward(case)
-    return Peaks(held.peak, allocated.peak)
+    held, allocated, _ = meters(setup.target)
+    for meter in (held, allocated):
+        with meter or nullcontext():
+            setup.our_forward(case)
+    return Peaks(held.peak if held else None, allocated.peak)
 
 
 # --- the report ------------------------------------------------------------------------------------------------------------
@@ -357,20 +371,20 @@ def count_table(case: Case, runs: dict[str, list[Ran]]) -> str:
 
 def memory_table(found: dict[str, Peaks]) -> str:
     def cells(peaks: Peaks) -> list[str]:
-        pairs = zip(astuple(peaks), astuple(found[THEIRS]), strict=True)
+        pairs = [pair for pair in zip(astuple(peaks), astuple(found[THEIRS]), strict=True) if pair[1] is not None]
         return ["" if size is None else f"{size / 2**20:.1f} MiB, {100 * size / theirs:.0f} %" for size, theirs in pairs]
 
-    header = (
-        "peak beyond the resting state", "gradient pass: tensors", "gradient pass: with the kernels' scratch",
-        "a whole step with 2 refinements, with scratch",
-    )  # fmt: skip
+    header = [
+        "peak beyond the resting state", *(["gradient pass: tensors"] if found[THEIRS].held is not None else []),
+        "gradient pass: with the kernels' scratch", "a whole step with 2 refinements, with scratch",
+    ]  # fmt: skip
     return table(header, [[name, *cells(peaks)] for name, peaks in found.items()])
 
 
-def report(case: Case, memories: Sequence[str], pairs: int) -> str:
+def report(case: Case, memories: Sequence[str], pairs: int, target: Target) -> str:
     import diffusers
 
-    setup = Setup(case.shape)
+    setup = Setup(case.shape, target)
     same = check_networks(setup, case)
     title = f"## Attend-and-Excite: U-Net of {case.shape.channels} channels in SD1.5's shape, {case.size} px, {case.steps} steps"
     print(f"{title}\nOne forward of both networks differs by {same:.1e}.", flush=True)
@@ -383,16 +397,18 @@ def report(case: Case, memories: Sequence[str], pairs: int) -> str:
         f"sides refine exactly {case.refinements} times at each. Median of {pairs} pairs."
     )
     return "\n\n".join([
-        title, f"Measured on: {machine()}; diffusers {diffusers.__version__}.",
-        f"Same weights: one forward of both networks differs by {same:.1e} of the largest value (at most {SAME_NETWORK:.0e}).",
+        title, f"Measured on: {machine(target)}; diffusers {diffusers.__version__}.",
+        f"Same weights: one forward of both networks differs by {same:.1e} of the largest value "
+        f"(at most {same_network(target):.0e}).",
         settings, time_table(case, runs, forwards), count_table(case, runs), memory_table(peaks),
     ])  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python dev bench excite", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, help="pixels of the side, in multiples of 64 (default 256)")
-    parser.add_argument("--steps", type=int, help="steps of a run (default 10)")
+    parser.add_argument("--size", type=int, help="pixels of the side, in multiples of 64 (default 256; on a GPU 512)")
+    parser.add_argument("--steps", type=int, help="steps of a run (default 10; on a GPU 20)")
+    add_dtype_argument(parser)
     parser.add_argument("--pairs", type=int, default=3, help="counted turns of all variants")
     parser.add_argument("--refinements", type=int, default=2, help="at each of the published thresholds")
     parser.add_argument("--memory", nargs="+", choices=("fast", "low"), default=["fast", "low"], help="time these")
@@ -400,13 +416,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny network and a small picture, to try the benchmark itself")
     parser.add_argument("--out", type=Path, help="write the report here as well")
     args = parser.parse_args(argv)
-    case = Case(TINY if args.tiny else SD15, args.size or (128 if args.tiny else 256), args.steps or 10, args.refinements)
-    if case.size % 64:
-        parser.error(f"--size {case.size}: diffusers reads attention on whole grids, so use a multiple of 64")
+    if args.size and args.size % 64:
+        parser.error(f"--size {args.size}: diffusers reads attention on whole grids, so use a multiple of 64")
     start_host()
     if args.threads:
         torch.set_num_threads(args.threads)
-    written = report(case, args.memory, args.pairs)
+    target = Target.here(args.dtype)
+    shape, size, steps = (TINY, 128, 10) if args.tiny else (SD15, 512, 20) if target.on_gpu else (SD15, 256, 10)
+    case = Case(shape, args.size or size, args.steps or steps, args.refinements)
+    written = report(case, args.memory, args.pairs, target)
     print(f"\n{written}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

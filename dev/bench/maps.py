@@ -1,12 +1,12 @@
 """Attention maps: what capturing them adds to a sampling run, and how much memory the maps take.
 
-    python dev bench maps [--size PX] [--steps N] [--pairs N] [--threads N] [--daam PYTHON] [--tiny]
+    python dev bench maps [--shape sd15|sdxl] [--size PX] [--steps N] [--pairs N] [--threads N] [--daam PYTHON] [--tiny]
 
-Plain sampling and sampling under AttnMapCapture take turns in one process, on an SD1.5-shaped U-Net of real size (random
-weights) and on the embedded model. ``--daam`` names the Python of an environment with diffusers and daam (daam 0.2.0 runs
-with diffusers 0.42.1 when it is installed without its pinned dependencies, beside spacy and matplotlib): its overhead over
-diffusers' own plain sampling is measured in the same turns, in a process of its own. Take 512 pixels for that: daam goes by
-the maps' sizes at 512.
+Plain sampling and sampling under AttnMapCapture take turns in one process, on an SD1.5- or SDXL-shaped U-Net of real size
+(random weights) and on the embedded model. ``--daam`` (not needed for the rest) names the Python of an environment with
+diffusers and daam (daam 0.2.0 runs with diffusers 0.42.1 when it is installed without its pinned dependencies, beside spacy
+and matplotlib): its overhead over diffusers' own plain sampling is measured in the same turns, in a process of its own. Take
+512 pixels for that: daam goes by the maps' sizes at 512.
 """
 
 from __future__ import annotations
@@ -24,9 +24,21 @@ import torch
 from host_inprocess import load_pack, pack_nodes, start_host
 from scenes import evaluate
 
-from bench.measure import Run, Timings, machine, ratios, table, take_turns
+from bench.measure import Run, Timings, machine, memory_name, ratios, table, take_turns
 from bench.memory import bytes_of
-from bench.models import SD15, TINY, Shape, sampler, sd15_shaped
+from bench.models import (
+    CPU,
+    SHAPES,
+    TINY,
+    Shape,
+    Target,
+    add_dtype_argument,
+    add_shape_arguments,
+    host_unet,
+    precision_of,
+    sampler,
+    tiny,
+)
 
 DEV = Path(__file__).resolve().parent.parent
 EMBEDDED_STEPS = 25
@@ -55,11 +67,12 @@ class Measured:
         self.kept: dict[str, int] = {}
         self.notes: list[str] = []
 
-    def add_host(self, model: Any, steps: int, latent: torch.Tensor, context: int) -> None:
-        self.runs[PLAIN] = sampler(model, steps, latent, context)
+    def add_host(self, model: Any, steps: int, latent: torch.Tensor, context: int, pooled: int = 0) -> None:
+        inputs = latent, context, pooled
+        self.runs[PLAIN] = sampler(model, steps, *inputs)
         for name, settings in SETTINGS.items():
             watched, maps = pack_nodes()["AttnMapCapture"].execute(model, **settings).args
-            self.runs[name] = self._captured(name, sampler(watched, steps, latent, context), maps)
+            self.runs[name] = self._captured(name, sampler(watched, steps, *inputs), maps)
             self.plain[name] = PLAIN
 
     def _captured(self, name: str, run: Run, maps: Any) -> Run:
@@ -78,16 +91,18 @@ class Measured:
         self.runs |= {THEIR_PLAIN: lambda: wish("plain"), "daam": captured}
         self.plain["daam"] = THEIR_PLAIN
 
-    def table(self, timings: dict[str, Timings]) -> str:
+    def table(self, timings: dict[str, Timings], memory: str) -> str:
         rows = []
         for name, timing in timings.items():
             cells = ["", "", ""]
             if name in self.plain:
                 overhead = ", ".join(f"{100 * (r - 1):+.1f}" for r in ratios(timing, timings[self.plain[name]]))
                 cells = [overhead, *(f"{sizes[name] / 2**20:.1f}" for sizes in (self.sums, self.kept))]
-            rows.append([name, f"{timing.median:.2f}", *cells])
+            peak = "" if name in ("daam", THEIR_PLAIN) else f"{timing.peak_bytes / 2**20:.0f}"  # of this process
+            rows.append([name, f"{timing.median:.2f}", *cells, peak])
         header = (
-            "variant", "seconds (median)", "added time, % (median, lowest, highest)", "maps while sampling, MiB", "maps kept, MiB"
+            "variant", "seconds (median)", "added time, % (median, lowest, highest)", "maps while sampling, MiB",
+            "maps kept, MiB", f"peak rise ({memory}), MiB",
         )  # fmt: skip
         return "\n\n".join([table(header, rows), *self.notes])
 
@@ -110,10 +125,11 @@ def watched_sums() -> Iterator[list[int]]:
 
 
 @contextmanager
-def daam_process(python: Path, size: int, steps: int, tiny: bool) -> Iterator[Callable[[str], int]]:
+def daam_process(python: Path, size: int, steps: int, shape: Shape, target: Target) -> Iterator[Callable[[str], int]]:
     """Asks for runs of ``bench.daam_worker``; each answers with the bytes of its maps."""
     command = [str(python), "-m", "bench.daam_worker", "--size", str(size), "--steps", str(steps)]
-    command += ["--threads", str(torch.get_num_threads()), *(["--tiny"] if tiny else [])]
+    command += ["--threads", str(torch.get_num_threads()), "--device", target.device.type, "--dtype", target.precision]
+    command += ["--tiny"] if shape == TINY else []
     with subprocess.Popen(command, cwd=DEV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
         wishes, answers = process.stdin, process.stdout
@@ -131,44 +147,54 @@ def daam_process(python: Path, size: int, steps: int, tiny: bool) -> Iterator[Ca
             process.stdin.close()
 
 
-def unet_part(shape: Shape, size: int, steps: int, pairs: int, daam: Path | None = None) -> tuple[str, Measured]:
+def unet_part(
+    shape: Shape, size: int, steps: int, pairs: int, daam: Path | None = None, target: Target = CPU
+) -> tuple[str, Measured]:
     measured = Measured()
     with ExitStack() as stack:
-        measured.add_host(sd15_shaped(shape), steps, torch.zeros(1, 4, size // 8, size // 8), shape.context)
+        latent = torch.zeros(1, 4, size // 8, size // 8)
+        measured.add_host(host_unet(shape, target), steps, latent, shape.context, shape.pooled)
         if daam is not None:
-            measured.add_daam(stack.enter_context(daam_process(daam, size, steps, shape is TINY)))
-        text = measured.table(take_turns(measured.runs, pairs))
-    title = f"### U-Net of {shape.channels} channels in SD1.5's shape, {size} px, {steps} steps, {pairs} pairs"
-    return f"{title}\n\n{text}", measured
+            measured.add_daam(stack.enter_context(daam_process(daam, size, steps, shape, target)))
+        text = measured.table(take_turns(measured.runs, pairs), memory_name(target.device))
+    title = f"### U-Net of {shape.channels} channels in {shape.layout}'s shape, {size} px, {steps} steps, {pairs} pairs"
+    return f"{title}, {target.precision}\n\n{text}", measured
 
 
 def embedded_part(steps: int, pairs: int) -> tuple[str, Measured]:
     measured = Measured()
-    measured.add_host(evaluate.load()[0], steps, torch.zeros(1, 3, 32, 32), 96)
-    text = measured.table(take_turns(measured.runs, pairs))
-    return f"### Embedded model, 256 px, {steps} steps, {pairs} pairs\n\n{text}", measured
+    model = evaluate.load()[0]
+    measured.add_host(model, steps, torch.zeros(1, 3, 32, 32), 96)
+    text = measured.table(take_turns(measured.runs, pairs), memory_name(model.load_device))
+    return f"### Embedded model, 256 px, {steps} steps, {pairs} pairs, {precision_of(model)}\n\n{text}", measured
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python dev bench maps", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, help="pixels of the SD1.5-shaped run (default 256)")
-    parser.add_argument("--steps", type=int, help="steps of the SD1.5-shaped run (default 5)")
+    parser.add_argument("--size", type=int, help="pixels of the real-size run (default 256; on a GPU 512, of SDXL 1024)")
+    parser.add_argument("--steps", type=int, help="steps of the real-size run (default 5; on a GPU 25, of SDXL 10)")
     parser.add_argument("--pairs", type=int, default=3, help="counted turns of all variants")
+    add_dtype_argument(parser)
+    add_shape_arguments(parser)
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--daam", type=Path, metavar="PYTHON", help="measure daam with this Python")
-    parser.add_argument("--tiny", action="store_true", help="a tiny network and few steps, to try the benchmark itself")
     parser.add_argument("--out", type=Path, help="write the report here as well")
     args = parser.parse_args(argv)
+    if args.daam and args.shape != "sd15":
+        parser.error("--daam goes with --shape sd15")
     start_host()
     import comfy.utils
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
     if args.threads:
         torch.set_num_threads(args.threads)
-    shape, size, steps = (TINY, 128, 2) if args.tiny else (SD15, 256, 5)
-    unet, _ = unet_part(shape, args.size or size, args.steps or steps, args.pairs, args.daam)
+    target, shape, sdxl = Target.here(args.dtype), SHAPES[args.shape], args.shape == "sdxl"
+    size, steps = ((1024, 10) if sdxl else (512, 25)) if target.on_gpu else (256, 5)
+    if args.tiny:
+        shape, size, steps = tiny(shape), 128, 2
+    unet, _ = unet_part(shape, args.size or size, args.steps or steps, args.pairs, args.daam, target)
     embedded, _ = embedded_part(2 if args.tiny else EMBEDDED_STEPS, args.pairs)
-    written = "\n\n".join([f"## Attention maps\n\nMeasured on: {machine()}.", unet, embedded])
+    written = "\n\n".join([f"## Attention maps\n\nMeasured on: {machine(target)}.", unet, embedded])
     print(f"\n{written}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,12 +8,24 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import psutil
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from bench.memory import AllocatedMemory
+from bench.models import Target
 
 Run = Callable[[], object]
+
+
+def now() -> float:
+    """Seconds on a clock, read when a GPU has done all that it was asked for."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @dataclass
@@ -29,17 +41,20 @@ class Timings:
 
 
 def take_turns(variants: Mapping[str, Run], repeats: int, say: Callable[[str], None] = print) -> dict[str, Timings]:
-    """Run every variant ``repeats`` times, in turn, after one round that is not counted."""
+    """Run every variant ``repeats`` times, in turn, after one round that is not counted.
+
+    Memory is that of the GPU where there is one, else of the process.
+    """
     timings = {name: Timings() for name in variants}
     for turn in range(repeats + 1):
         for name, run in variants.items():
-            with peak_memory() as memory:
-                start = time.perf_counter()
+            with AllocatedMemory("cuda") if torch.cuda.is_initialized() else ResidentMemory() as memory:
+                start = now()
                 run()
-                seconds = time.perf_counter() - start
+                seconds = now() - start
             if turn:
                 timings[name].seconds.append(seconds)
-                timings[name].peak_bytes = max(timings[name].peak_bytes, memory.rise)
+                timings[name].peak_bytes = max(timings[name].peak_bytes, memory.peak)
             say(f"  {'warm-up' if not turn else f'{turn}/{repeats}'}  {name}: {seconds:.2f} s")
     return timings
 
@@ -52,16 +67,39 @@ def ratios(slow: Timings, fast: Timings) -> tuple[float, float, float]:
 
 def multiply_accumulates(run: Run) -> float:
     """Multiply-accumulates of matrix products, convolutions and attention in one run."""
-    with FlopCounterMode(display=False) as counter:
+    with _Operations() as counter:
         run()
-    return counter.get_total_flops() / 2
+    return counter.total / 2
 
 
-class peak_memory:
+class _Operations(TorchDispatchMode):
+    """What ``FlopCounterMode`` counts, without its account of modules, which takes longer than a small network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self._simple: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        count = flop_registry.get(func._overloadpacket)
+        if count is None and func not in self._simple:
+            with self:
+                result = func.decompose(*args, **kwargs)  # under inference mode, linear layers and convolutions come whole
+            if result is not NotImplemented:
+                return result
+            self._simple.add(func)
+        result = func(*args, **kwargs)
+        if count is not None:
+            self.total += count(*args, **kwargs, out_val=result)
+        return result
+
+
+class ResidentMemory:
     """How far this process's resident memory rises above its value at the start, sampled every few milliseconds."""
 
-    def __enter__(self) -> peak_memory:
-        self.rise = 0
+    def __enter__(self) -> ResidentMemory:
+        self.peak = 0
         self._process = psutil.Process()
         self._start = self._process.memory_info().rss
         self._done = threading.Event()
@@ -75,7 +113,7 @@ class peak_memory:
 
     def _watch(self) -> None:
         while not self._done.wait(0.005):
-            self.rise = max(self.rise, self._process.memory_info().rss - self._start)
+            self.peak = max(self.peak, self._process.memory_info().rss - self._start)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -85,10 +123,15 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
+def memory_name(device: torch.device) -> str:
+    """What the memory of ``take_turns`` is."""
+    return "resident" if device.type == "cpu" else "allocated on the GPU"
+
+
+def machine(target: Target) -> str:
     """What the figures were measured on, in one line."""
     import comfyui_version
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name(target.device) if target.on_gpu else f"CPU, {torch.get_num_threads()} threads"
     versions = f"ComfyUI {comfyui_version.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-    return f"{device}; {versions}; float32"
+    return f"{device}; {versions}; {target.precision}"

@@ -2,9 +2,10 @@
 
 Resident memory says little about a short pass: freed pages stay, and are used again. There are two measures here, both
 beyond what was held at the start. ``HeldTensors`` counts the results of operations for as long as anything holds them, the
-graph of a gradient included. ``AllocatedMemory`` is the allocator's own record, which also has what an operation needs while
-it runs; that depends on the device: a CPU's convolution, for one, copies its weights into another order each time, which in
-SD1.5's largest takes 113 MiB. Scratch space that a kernel library gets by itself is in neither.
+graph of a gradient included; on a GPU it is left out, for tensors in system memory would count too. ``AllocatedMemory`` is
+the allocator's own record, which also has what an operation needs while it runs; that depends on the device: a CPU's
+convolution, for one, copies its weights into another order each time, which in SD1.5's largest takes 113 MiB. Scratch space
+that a kernel library gets by itself is in neither.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import warnings
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,15 +65,17 @@ def _storage(tensor: Tensor) -> int:
 
 
 class AllocatedMemory:
-    """Bytes that torch's allocator handed out between ``start`` and ``stop``, as the profiler records them on a CPU.
+    """Bytes that torch's allocator handed out between ``start`` and ``stop``, as a GPU's counts them or the profiler a CPU's.
 
     Attributes:
         peak: at the highest point.
         kept: at ``stop``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         self.peak = self.kept = 0
+        self._device = torch.device(device)
+        self._before = 0
         self._profile: Any = None
 
     def __enter__(self) -> AllocatedMemory:
@@ -82,12 +86,20 @@ class AllocatedMemory:
         self.stop()
 
     def start(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+            return
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._profile.start()
 
     def stop(self) -> None:
+        if self._device.type == "cuda":
+            self.kept = torch.cuda.memory_allocated(self._device) - self._before
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated(self._device) - self._before)
+            return
         self._profile.stop()
         events = [event for event in self._profile.profiler.kineto_results.events() if event.name() == "[memory]"]
         for event in sorted(events, key=lambda event: event.start_ns()):

@@ -1,65 +1,143 @@
-"""Networks to measure on: SD1.5's U-Net at real size with random weights, for the host and for diffusers.
+"""Networks to measure on: SD1.5's and SDXL's U-Nets at real size with random weights, for the host and for diffusers.
 
 Speed and memory do not depend on what the weights are, and no checkpoint has to be fetched.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 TOKENS = 77
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a network is, and what it computes in."""
+
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def here(cls, dtype: str | None = None) -> Target:
+        """The host's device, and what ``dtype`` names or else suits it: float32 on a CPU, float16 on a GPU."""
+        import comfy.model_management
+
+        device = comfy.model_management.get_torch_device()
+        return cls(device, getattr(torch, dtype or ("float32" if device.type == "cpu" else "float16")))
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type != "cpu"
+
+    @property
+    def exact(self) -> bool:
+        """Whether two ways of the same sum agree in all but the last digits. (A GPU's convolutions round float32 to TF32.)"""
+        return not self.on_gpu and self.dtype == torch.float32
+
+    @property
+    def precision(self) -> str:
+        return name_of(self.dtype)
+
+    def put(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype)
+
+
+CPU = Target()
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help="of the real-size network (default float32; on a GPU float16)")
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=SHAPES, default="sd15", help="the network's layout (default sd15)")
+    parser.add_argument("--tiny", action="store_true", help="a tiny network and few steps, to try the benchmark itself")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Width of a U-Net of SD1.5's layout, and of the text it looks at."""
+    """A U-Net's layout and width, and the channels of the text it looks at and of the pooled text it is told."""
 
-    channels: int = 320
-    context: int = 768
+    layout: str
+    channels: int
+    context: int
+    pooled: int = 0
 
 
-SD15 = Shape()
-TINY = Shape(32, 64)  # to try a benchmark itself
+def tiny(shape: Shape) -> Shape:
+    return replace(shape, channels=32, context=64)
+
+
+SD15 = Shape("SD1.5", 320, 768)
+SDXL = Shape("SDXL", 320, 2048, 1280)
+SHAPES = {"sd15": SD15, "sdxl": SDXL}
+TINY = tiny(SD15)  # to try a benchmark itself
+
+_LAYOUTS: dict[str, dict[str, Any]] = {
+    "SD1.5": {
+        "num_res_blocks": [2] * 4, "channel_mult": [1, 2, 4, 4], "transformer_depth": [1] * 6 + [0] * 2,
+        "transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1, "num_heads": 8, "num_head_channels": -1,
+        "use_linear_in_transformer": False, "adm_in_channels": None,
+    },
+    "SDXL": {
+        "num_res_blocks": [2] * 3, "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
+        "transformer_depth_output": [0] * 3 + [2] * 3 + [10] * 3, "transformer_depth_middle": 10, "num_heads": -1,
+        "num_head_channels": 64, "use_linear_in_transformer": True, "num_classes": "sequential", "adm_in_channels": 2816,
+    },
+}  # fmt: skip
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Small random weights everywhere, ones in the norms; no weight wants a gradient."""
-    generator = torch.Generator().manual_seed(seed)
+    """Small random weights everywhere, made where they are, ones in the norms; no weight wants a gradient."""
+    generators: dict[torch.device, torch.Generator] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             parameter.requires_grad_(False)
             if name == "weight" and "Norm" in type(module).__name__:
                 parameter.fill_(1.0)
-            else:
-                parameter.normal_(0, 0.02, generator=generator)
+                continue
+            device = parameter.device
+            generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
+            parameter.normal_(0, 0.02, generator=generator)
 
 
-def sd15_shaped(shape: Shape = SD15) -> Any:
+def host_unet(shape: Shape = SD15, target: Target = CPU) -> Any:
     """The U-Net with random weights, as the host builds it."""
-    import comfy.model_base
+    import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
 
     config = {
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": shape.channels, "num_res_blocks": [2] * 4,
-        "channel_mult": [1, 2, 4, 4], "transformer_depth": [1] * 6 + [0] * 2, "transformer_depth_output": [1] * 9 + [0] * 3,
-        "transformer_depth_middle": 1, "context_dim": shape.context, "num_heads": 8, "num_head_channels": -1,
-        "use_spatial_transformer": True, "use_linear_in_transformer": False, "legacy": False, "adm_in_channels": None,
-        "use_temporal_attention": False, "use_checkpoint": False, "dtype": torch.float32,
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": shape.channels, "context_dim": shape.context,
+        "use_spatial_transformer": True, "legacy": False, "use_temporal_attention": False, "use_checkpoint": False,
+        "dtype": target.dtype, **_LAYOUTS[shape.layout],
     }  # fmt: skip
-    model = comfy.model_base.BaseModel(comfy.supported_models.SD15(config))
+    kind = comfy.supported_models.SDXL if shape.layout == "SDXL" else comfy.supported_models.SD15
+    model = kind(config).get_model({}, device=target.device)
     randomise(model)
-    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    return kind(model.eval(), load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
+    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    offload = comfy.model_management.unet_offload_device()
+    return patcher(model.eval(), load_device=target.device, offload_device=offload)
+
+
+def precision_of(model: Any) -> str:
+    """What a host's model computes in."""
+    return name_of(model.model.manual_cast_dtype or model.model.get_dtype())
 
 
 def diffusers_unet(shape: Shape = SD15) -> Any:
-    """diffusers' network of the same layout, without weights."""
+    """diffusers' network of SD1.5's layout, without weights."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -79,21 +157,23 @@ def as_diffusers(model: Any, shape: Shape = SD15) -> Any:
 
 
 def random_tensor(seed: int, *shape: int) -> Tensor:
+    """On the CPU, where the host's nodes make noise and prompts too."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def sampler(model: Any, steps: int, latent: Tensor, context: int) -> Callable[[], Tensor]:
+def sampler(model: Any, steps: int, latent: Tensor, context: int, pooled: int = 0) -> Callable[[], Tensor]:
     """One sampling run with fixed noise and prompts."""
     import comfy.sample
 
     noise, positive, negative = (
         random_tensor(seed, *shape) for seed, shape in enumerate((latent.shape, (1, TOKENS, context), (1, TOKENS, context)))
     )
+    told = {"pooled_output": random_tensor(3, 1, pooled)} if pooled else {}
 
     def run() -> Tensor:
         with torch.inference_mode():
             return comfy.sample.sample(
-                model, noise, steps, 7.5, "euler", "normal", [[positive, {}]], [[negative, {}]], latent,
+                model, noise, steps, 7.5, "euler", "normal", [[positive, {**told}]], [[negative, {**told}]], latent,
                 seed=0, disable_pbar=True,
             )  # fmt: skip
 

@@ -1,9 +1,10 @@
 """T-GATE: speed against plain sampling, and what it costs the picture.
 
-    python dev bench tgate [--parts speed quality auto] [--repeats N] [--out FILE] [--peer NAME=PATH]
+    python dev bench tgate [--parts speed quality auto] [--shape sd15|sdxl] [--repeats N] [--out FILE] [--peer NAME=PATH]
 
-Speed is measured on an SD1.5-shaped U-Net of real size (random weights) and on the embedded model; the picture on the
-embedded model, with the detector of ``python dev eval``. ``--peer`` adds another node pack's T-GATE node to the table.
+Speed is measured on an SD1.5- or SDXL-shaped U-Net of real size (random weights) and on the embedded model; the picture on
+the embedded model, with the detector of ``python dev eval``. ``--peer`` adds another node pack's T-GATE node to the table.
+On a GPU only the speed is measured unless ``--parts`` says otherwise, at the usual size of a picture.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import torch
 from host_inprocess import load_pack, pack_nodes, start_host
 from scenes import evaluate
 
-from bench.measure import machine, multiply_accumulates, ratios, table, take_turns
-from bench.models import sampler, sd15_shaped
+from bench.measure import machine, memory_name, multiply_accumulates, ratios, table, take_turns
+from bench.models import SHAPES, Target, add_dtype_argument, add_shape_arguments, host_unet, precision_of, sampler, tiny
 
 PUBLISHED = "drop (keep negative, as published)"
 STEPS = 25
@@ -71,21 +72,25 @@ def watched_runs():
 
 
 def speed_part(args: argparse.Namespace) -> str:
-    shapes = {
-        f"SD1.5-shaped U-Net, {args.size} px, {args.steps} steps": lambda: (
-            sd15_shaped(), args.steps, torch.zeros(1, 4, args.size // 8, args.size // 8), 768
+    target, shape = args.target, tiny(SHAPES[args.shape]) if args.tiny else SHAPES[args.shape]
+    networks: dict[str, Callable[[], tuple[Any, ...]]] = {
+        f"{shape.layout}-shaped U-Net, {args.size} px, {args.steps} steps": lambda: (
+            host_unet(shape, target), args.steps, torch.zeros(1, 4, args.size // 8, args.size // 8), shape.context, shape.pooled
         ),
-        f"embedded model, 256 px, {STEPS} steps": lambda: (evaluate.load()[0], STEPS, torch.zeros(1, 3, 32, 32), 96),
+        f"embedded model, 256 px, {args.embedded_steps} steps": lambda: (
+            evaluate.load()[0], args.embedded_steps, torch.zeros(1, 3, 32, 32), 96
+        ),
     }  # fmt: skip
     sections = []
-    for title, build in shapes.items():
+    for network, build in networks.items():
+        model, steps, *inputs = build()
+        title = f"{network}, {precision_of(model)}"
         print(title)
-        model, steps, latent, context = build()
         models = {"plain": model, "T-GATE": tgate(model), "T-GATE v1": tgate(model, sp_interval=1)}
         models["off"] = tgate(model, gate_at=1.0)
         # A peer may write to the network's modules for good, so each has a network of its own, with the same weights.
         models |= {name: apply(build()[0]) for name, apply in peers(args.peer).items()}
-        runs = {name: sampler(patched, steps, latent, context) for name, patched in models.items()}
+        runs = {name: sampler(patched, steps, *inputs) for name, patched in models.items()}
         macs = {name: multiply_accumulates(run) for name, run in runs.items()}
         with watched_runs() as seen:
             runs["T-GATE"]()
@@ -99,7 +104,7 @@ def speed_part(args: argparse.Namespace) -> str:
                  f"{100 * ratio / bound:.1f} %", f"{timings[name].peak_bytes / 2**20:.0f}")
             )  # fmt: skip
         speed = f"times as fast (median of {args.repeats} pairs)"
-        header = ("variant", "GMAC", "MAC bound", speed, "of the bound", "peak rise, MiB")
+        header = ("variant", "GMAC", "MAC bound", speed, "of the bound", f"peak rise ({memory_name(target.device)}), MiB")
         cache = max(size for _, size in seen) / 2**20
         sections.append(f"### {title}\n\n{table(header, rows)}\n\nLargest cache of the default run: {cache:.1f} MiB.")
     return "\n\n".join(sections)
@@ -206,12 +211,26 @@ def auto_part(args: argparse.Namespace) -> str:
 PARTS = {"speed": speed_part, "quality": quality_part, "auto": auto_part}
 
 
+def fill_in(args: argparse.Namespace) -> None:
+    """What the command line leaves open, by the device."""
+    args.target = Target.here(args.dtype)
+    gpu, sdxl = args.target.on_gpu, args.shape == "sdxl"
+    size, steps, repeats = ((1024, 15, 3) if sdxl else (512, 25, 5)) if gpu else (256, 10, 5)
+    if args.tiny:
+        size, steps, repeats = 128, 5, 1
+    args.size, args.steps, args.repeats = args.size or size, args.steps or steps, args.repeats or repeats
+    args.parts = args.parts or (["speed"] if gpu else list(PARTS))
+    args.embedded_steps = 5 if args.tiny else STEPS
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python dev bench tgate", description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--repeats", type=int, default=5, help="counted pairs of runs (speed)")
-    parser.add_argument("--size", type=int, default=256, help="pixels of the SD1.5-shaped run")
-    parser.add_argument("--steps", type=int, default=10, help="steps of the SD1.5-shaped run")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all; on a GPU the speed")
+    parser.add_argument("--repeats", type=int, help="counted pairs of runs (speed; default 5; on a GPU, of SDXL 3)")
+    parser.add_argument("--size", type=int, help="pixels of the real-size run (default 256; on a GPU 512, of SDXL 1024)")
+    parser.add_argument("--steps", type=int, help="steps of the real-size run (default 10; on a GPU 25, of SDXL 15)")
+    add_dtype_argument(parser)
+    add_shape_arguments(parser)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--cfg", type=float, default=5.0)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="measure another node pack too")
@@ -221,7 +240,8 @@ def main(argv: list[str] | None = None) -> None:
     import comfy.utils
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
-    report = "\n\n".join([f"## T-GATE\n\nMeasured on: {machine()}.", *(PARTS[part](args) for part in args.parts)])
+    fill_in(args)
+    report = "\n\n".join([f"## T-GATE\n\nMeasured on: {machine(args.target)}.", *(PARTS[part](args) for part in args.parts)])
     print(f"\n{report}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

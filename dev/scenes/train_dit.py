@@ -25,9 +25,10 @@ from scenes import draw
 
 CHECKPOINT = Path(__file__).resolve().parent / "fovea-scenes-dit.safetensors"
 STATE = ROOT / ".fovea" / "scenes-dit.pt"
-NETWORK = {"depth": 6, "width": 256, "heads": 4, "patch_size": 4, "in_channels": 3, "out_channels": 3}
+NETWORK = {"depth": 6, "width": 192, "heads": 3, "patch_size": 4, "in_channels": 3, "out_channels": 3}
 EMA_DECAY, LABEL_DROPOUT, CLIP_NORM, WARM_UP_STEPS = 0.999, 0.1, 1.0, 150
 SAVE_EVERY, LOG_EVERY = 120.0, 30.0  # seconds
+LONGEST_STEP = 20.0  # seconds; more means that the process was stopped for a while, which does not count
 NULL = len(draw.CLASSES)
 
 
@@ -171,7 +172,8 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(seed)
     pool = Pool(30000, random.Random(seed))
     pool.draw(16 * args.batch)
-    started = logged = saved = time.monotonic()
+    started = logged = saved = before = time.monotonic()
+    trained = 0.0
     losses: list[float] = []
     progress, step = 0.0, 0
     while progress < 1:
@@ -182,7 +184,8 @@ def train(args: argparse.Namespace) -> None:
         trainer.step(args.lr * min(1, step / WARM_UP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1))))
         losses.append(loss.item())
         now = time.monotonic()
-        progress = (now - started) / (args.minutes * 60)
+        trained, before = trained + min(now - before, LONGEST_STEP), now
+        progress = trained / (args.minutes * 60)
         if now - logged > LOG_EVERY:
             mean, speed = sum(losses) / len(losses), len(losses) * args.batch / (now - logged)
             print(f"{now - started:6.0f} s  step {step}  loss {mean:.4f}  {speed:.0f} pictures/s", flush=True)

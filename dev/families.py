@@ -1,5 +1,7 @@
 """A tiny random model of every family of networks, built from the host's own classes, and conditioning that fits it.
 
+``FAMILIES`` are those that the tests run one by one; ``families_more`` has the rest of the host's list.
+
 Each one is the host's real configuration class -> BaseModel -> ModelPatcher with small numbers, so it samples through the
 real sampler. Weights are seeded and scaled so that attention is neither uniform nor saturated and every gate is open.
 """
@@ -20,6 +22,11 @@ import comfy.samplers
 import comfy.supported_models
 import torch
 
+try:
+    from comfy.nested_tensor import NestedTensor
+except ImportError:
+    pass  # an older host has no such latents
+
 Conditioning = list[list[Any]]
 Extras = Callable[[torch.Generator], dict[str, Any]]
 
@@ -39,6 +46,10 @@ class Family:
         extras: what else its conditioning carries.
         model_type: where the config would read it from a checkpoint's keys.
         optional: settings that only some hosts' networks know.
+        weights: what the config reads from a checkpoint while it makes the model.
+        audio: shape of a second latent (channels, ...) that is sampled together with the first.
+        has_prompt: its text features come from words.
+        start: spread of the latent that it starts from, where that is a picture and not noise.
     """
 
     name: str
@@ -54,6 +65,10 @@ class Family:
     model_type: str | None = None
     optional: dict[str, Any] = field(default_factory=dict)
     parameters: str = ""  # the class whose fields say which of `optional` this host knows
+    weights: Callable[[], dict[str, torch.Tensor]] = dict
+    audio: tuple[int, ...] = ()
+    has_prompt: bool = True
+    start: float = 0.0
 
     @property
     def available(self) -> bool:
@@ -66,8 +81,9 @@ class Family:
 
     def build(self, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
         config = getattr(comfy.supported_models, self.config)({**self.unet, **self._known_options(), "dtype": torch.float32})
+        config.unet_config.update(self.unet)  # a config may put its checkpoint's sizes in place of what it is given
         if self.model_type is None:
-            model = config.get_model({})
+            model = config.get_model(self.weights())
         else:
             model = comfy.model_base.BaseModel(config, getattr(comfy.model_base.ModelType, self.model_type))
         randomise(model, seed)
@@ -79,9 +95,10 @@ class Family:
         context = torch.randn(1, tokens or self.tokens, self.width, generator=generator)
         return [[context, self.extras(generator)]]
 
-    def latent(self, batch: int = 1, size: tuple[int, int] | None = None) -> torch.Tensor:
+    def latent(self, batch: int = 1, size: tuple[int, int] | None = None) -> Any:
         frames = (self.frames,) if self.frames else ()
-        return torch.zeros(batch, self.channels, *frames, *(size or self.size))
+        picture = torch.zeros(batch, self.channels, *frames, *(size or self.size))
+        return NestedTensor((picture, torch.zeros(batch, *self.audio))) if self.audio else picture
 
     def _known_options(self) -> dict[str, Any]:
         if not self.optional:
@@ -130,15 +147,15 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             std = parameter[0].numel() ** -0.5 if parameter.ndim > 1 and name == "weight" else 0.2
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         for name, buffer in module.named_buffers(recurse=False):
-            if name == "pos_embed":
+            if name in ("pos_embed", "inv_freq"):
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.5)
 
 
-def _pooled(width: int) -> Extras:
+def pooled(width: int) -> Extras:
     return lambda generator: {"pooled_output": torch.randn(1, width, generator=generator)}
 
 
-def _randn(generator: torch.Generator, *shape: int) -> torch.Tensor:
+def randn(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator)
 
 
@@ -146,7 +163,7 @@ def _hydit_extras(generator: torch.Generator) -> dict[str, Any]:
     mask, mask_t5 = torch.ones(1, 77), torch.ones(1, 24)
     mask[:, 9:] = 0
     mask_t5[:, 14:] = 0
-    return {"attention_mask": mask, "conditioning_mt5xl": _randn(generator, 1, 24, 48), "attention_mask_mt5xl": mask_t5}
+    return {"attention_mask": mask, "conditioning_mt5xl": randn(generator, 1, 24, 48), "attention_mask_mt5xl": mask_t5}
 
 
 def _ltxv_extras(generator: torch.Generator) -> dict[str, Any]:
@@ -155,15 +172,15 @@ def _ltxv_extras(generator: torch.Generator) -> dict[str, Any]:
     return {"attention_mask": mask, "frame_rate": 25}
 
 
-def _wan_i2v_extras(generator: torch.Generator) -> dict[str, Any]:
-    return {"clip_vision_output": SimpleNamespace(penultimate_hidden_states=_randn(generator, 1, 257, 1280))}
+def wan_i2v_extras(generator: torch.Generator) -> dict[str, Any]:
+    return {"clip_vision_output": SimpleNamespace(penultimate_hidden_states=randn(generator, 1, 257, 1280))}
 
 
-def _hunyuan_video15_extras(generator: torch.Generator) -> dict[str, Any]:
+def hunyuan_video15_extras(generator: torch.Generator) -> dict[str, Any]:
     return {
-        **_pooled(32)(generator),
-        "conditioning_byt5small": _randn(generator, 1, 5, 1472),
-        "clip_vision_output": SimpleNamespace(last_hidden_state=_randn(generator, 1, 7, 48)),
+        **pooled(32)(generator),
+        "conditioning_byt5small": randn(generator, 1, 5, 1472),
+        "clip_vision_output": SimpleNamespace(last_hidden_state=randn(generator, 1, 7, 48)),
     }
 
 
@@ -172,7 +189,7 @@ def _token_count(generator: torch.Generator) -> dict[str, Any]:
     return {"attention_mask": torch.ones(1, 20, dtype=torch.long)}
 
 
-_UNET: dict[str, Any] = {
+UNET: dict[str, Any] = {
     "image_size": 32,
     "in_channels": 4,
     "out_channels": 4,
@@ -190,8 +207,8 @@ _UNET: dict[str, Any] = {
     "use_temporal_attention": False,
     "use_checkpoint": False,
 }
-_SDXL: dict[str, Any] = {
-    **_UNET,
+SDXL: dict[str, Any] = {
+    **UNET,
     "model_channels": 64,
     "transformer_depth": [0, 2],
     "transformer_depth_output": [0, 0, 2, 2],
@@ -200,8 +217,8 @@ _SDXL: dict[str, Any] = {
     "num_classes": "sequential",
     "adm_in_channels": 32 + 6 * 256,
 }
-_SVD: dict[str, Any] = {
-    **_UNET,
+SVD: dict[str, Any] = {
+    **UNET,
     "model_channels": 64,
     "in_channels": 8,
     "use_linear_in_transformer": True,
@@ -227,7 +244,7 @@ _SD3: dict[str, Any] = {
     "qk_norm": "rms",
     "pos_embed_scaling_factor": None,
 }
-_FLUX: dict[str, Any] = {
+FLUX: dict[str, Any] = {
     "image_model": "flux",
     "in_channels": 16,
     "out_channels": 16,
@@ -244,8 +261,8 @@ _FLUX: dict[str, Any] = {
     "qkv_bias": True,
     "guidance_embed": True,
 }
-_CHROMA: dict[str, Any] = {
-    **{key: value for key, value in _FLUX.items() if key not in ("vec_in_dim", "guidance_embed")},
+CHROMA: dict[str, Any] = {
+    **{key: value for key, value in FLUX.items() if key not in ("vec_in_dim", "guidance_embed")},
     "image_model": "chroma",
     "in_channels": 64,
     "out_channels": 64,
@@ -307,7 +324,7 @@ _LUMINA: dict[str, Any] = {
     "axes_dims": [8, 12, 12],
     "axes_lens": [300, 512, 512],
 }
-_ZIMAGE: dict[str, Any] = {
+ZIMAGE: dict[str, Any] = {
     **_LUMINA,
     "dim": 256,
     "n_kv_heads": 4,
@@ -326,7 +343,7 @@ _QWEN: dict[str, Any] = {
     "joint_attention_dim": 64,
     "axes_dims_rope": (8, 12, 12),
 }
-_WAN: dict[str, Any] = {
+WAN: dict[str, Any] = {
     "image_model": "wan2.1",
     "model_type": "t2v",
     "patch_size": (1, 2, 2),
@@ -340,7 +357,7 @@ _WAN: dict[str, Any] = {
     "num_heads": 4,
     "num_layers": 2,
 }
-_LTXV: dict[str, Any] = {
+LTXV: dict[str, Any] = {
     "image_model": "ltxv",
     "in_channels": 128,
     "cross_attention_dim": 128,
@@ -366,13 +383,13 @@ _HIDREAM: dict[str, Any] = {
     "max_resolution": (64, 64),
     "llama_layers": [0, 1, 2, 3],
 }
-_HUNYUAN_VIDEO: dict[str, Any] = {
-    **_FLUX,
+HUNYUAN_VIDEO: dict[str, Any] = {
+    **FLUX,
     "image_model": "hunyuan_video",
     "theta": 256,
     "patch_size": [1, 2, 2],
 }
-_COSMOS2: dict[str, Any] = {
+COSMOS2: dict[str, Any] = {
     "image_model": "cosmos_predict2",
     "max_img_h": 60,
     "max_img_w": 60,
@@ -452,7 +469,7 @@ _KREA2: dict[str, Any] = {
 }
 
 _FLUX2: dict[str, Any] = {
-    **_FLUX,
+    **FLUX,
     "image_model": "flux2",
     "in_channels": 128,
     "out_channels": 128,
@@ -500,7 +517,7 @@ _BOOGU: dict[str, Any] = {
     "axes_lens": (64, 64, 64),
     "instruction_feat_dim": 64,
 }
-_PIXELDIT: dict[str, Any] = {
+PIXELDIT: dict[str, Any] = {
     "image_model": "pixeldit_t2i",
     "num_groups": 4,
     "hidden_size": 128,
@@ -513,7 +530,7 @@ _PIXELDIT: dict[str, Any] = {
     "txt_embed_dim": 64,
     "txt_max_length": 16,
 }
-_COGVIDEOX: dict[str, Any] = {
+COGVIDEOX: dict[str, Any] = {
     "image_model": "cogvideox",
     "num_attention_heads": 2,
     "attention_head_dim": 64,
@@ -529,7 +546,7 @@ _COGVIDEOX: dict[str, Any] = {
     "max_text_seq_length": 20,
     "use_rotary_positional_embeddings": True,
 }
-_KANDINSKY5: dict[str, Any] = {
+KANDINSKY5: dict[str, Any] = {
     "image_model": "kandinsky5",
     "in_text_dim": 64,
     "in_text_dim2": 32,
@@ -542,7 +559,7 @@ _KANDINSKY5: dict[str, Any] = {
     "axes_dims": (8, 12, 12),
 }
 _HUNYUAN_IMAGE: dict[str, Any] = {
-    **_HUNYUAN_VIDEO,
+    **HUNYUAN_VIDEO,
     "in_channels": 64,
     "out_channels": 64,
     "vec_in_dim": None,
@@ -550,8 +567,8 @@ _HUNYUAN_IMAGE: dict[str, Any] = {
     "axes_dim": [16, 16],
     "guidance_embed": False,
 }
-_HUNYUAN_VIDEO15: dict[str, Any] = {
-    **_HUNYUAN_VIDEO,
+HUNYUAN_VIDEO15: dict[str, Any] = {
+    **HUNYUAN_VIDEO,
     "in_channels": 65,
     "out_channels": 32,
     "vec_in_dim": None,
@@ -559,8 +576,8 @@ _HUNYUAN_VIDEO15: dict[str, Any] = {
     "guidance_embed": False,
 }
 
-_UNET_MODULE = "modules.diffusionmodules.openaimodel"
-_HV_OPTIONS = {
+UNET_MODULE = "modules.diffusionmodules.openaimodel"
+HUNYUAN_VIDEO_OPTIONS = {
     "byt5": False,
     "meanflow": False,
     "use_cond_type_embedding": False,
@@ -569,83 +586,83 @@ _HV_OPTIONS = {
 }
 
 _ALL = [
-    Family("sd15", "SD15", _UNET_MODULE, _UNET, channels=4, tokens=77),
+    Family("sd15", "SD15", UNET_MODULE, UNET, channels=4, tokens=77),
     Family(
-        "sd2", "SD20", _UNET_MODULE, {**_UNET, "model_channels": 64, "use_linear_in_transformer": True}, channels=4, tokens=77,
+        "sd2", "SD20", UNET_MODULE, {**UNET, "model_channels": 64, "use_linear_in_transformer": True}, channels=4, tokens=77,
         model_type="V_PREDICTION",
     ),
-    Family("sdxl", "SDXL", _UNET_MODULE, _SDXL, channels=4, tokens=77, extras=_pooled(32)),
-    Family("svd", "SVD_img2vid", _UNET_MODULE, _SVD, channels=4, tokens=1),
-    Family("sd3", "SD3", "modules.diffusionmodules.mmdit", _SD3, extras=_pooled(32)),
-    Family("sd35_medium", "SD3", "modules.diffusionmodules.mmdit", {**_SD3, "x_block_self_attn_layers": [0]}, extras=_pooled(32)),
+    Family("sdxl", "SDXL", UNET_MODULE, SDXL, channels=4, tokens=77, extras=pooled(32)),
+    Family("svd", "SVD_img2vid", UNET_MODULE, SVD, channels=4, tokens=1, has_prompt=False),
+    Family("sd3", "SD3", "modules.diffusionmodules.mmdit", _SD3, extras=pooled(32)),
+    Family("sd35_medium", "SD3", "modules.diffusionmodules.mmdit", {**_SD3, "x_block_self_attn_layers": [0]}, extras=pooled(32)),
     Family(
-        "flux", "Flux", "flux.model", _FLUX, extras=_pooled(32), optional={"txt_ids_dims": []}, parameters="flux.model.FluxParams"
+        "flux", "Flux", "flux.model", FLUX, extras=pooled(32), optional={"txt_ids_dims": []}, parameters="flux.model.FluxParams"
     ),
     Family(
-        "flux_kontext", "Flux", "flux.model", _FLUX, optional={"txt_ids_dims": []}, parameters="flux.model.FluxParams",
-        extras=lambda generator: {**_pooled(32)(generator), "reference_latents": [_randn(generator, 1, 16, 8, 12)]},
+        "flux_kontext", "Flux", "flux.model", FLUX, optional={"txt_ids_dims": []}, parameters="flux.model.FluxParams",
+        extras=lambda generator: {**pooled(32)(generator), "reference_latents": [randn(generator, 1, 16, 8, 12)]},
     ),
     Family(
-        "chroma", "Chroma", "chroma.model", _CHROMA, optional={"txt_ids_dims": [], "vec_in_dim": None},
-        parameters="chroma.model.ChromaParams", extras=_pooled(32),
+        "chroma", "Chroma", "chroma.model", CHROMA, optional={"txt_ids_dims": [], "vec_in_dim": None},
+        parameters="chroma.model.ChromaParams", extras=pooled(32),
     ),
     Family("pixart", "PixArtAlpha", "pixart.pixartms", _PIXART, channels=4, size=(40, 28)),
     Family("hunyuan_dit", "HunyuanDiT", "hydit.models", _HYDIT, channels=4, tokens=77, extras=_hydit_extras),
     Family("auraflow", "AuraFlow", "aura.mmdit", _AURA, channels=4),
     Family("lumina2", "Lumina2", "lumina.model", _LUMINA, extras=_token_count),
-    Family("z_image", "ZImage", "lumina.model", _ZIMAGE),
+    Family("z_image", "ZImage", "lumina.model", ZIMAGE),
     Family("qwen_image", "QwenImage", "qwen_image.model", _QWEN, frames=1),
     Family(
         "qwen_image_edit", "QwenImage", "qwen_image.model", _QWEN, frames=1,
-        extras=lambda generator: {"reference_latents": [_randn(generator, 1, 16, 1, 8, 12)]},
+        extras=lambda generator: {"reference_latents": [randn(generator, 1, 16, 1, 8, 12)]},
     ),
-    Family("wan_t2v", "WAN21_T2V", "wan.model", _WAN, frames=2),
-    Family("wan_i2v", "WAN21_I2V", "wan.model", {**_WAN, "model_type": "i2v", "in_dim": 36}, frames=2, extras=_wan_i2v_extras),
-    Family("ltxv", "LTXV", "lightricks.model", _LTXV, channels=128, size=(8, 6), frames=2, extras=_ltxv_extras),
+    Family("wan_t2v", "WAN21_T2V", "wan.model", WAN, frames=2),
+    Family("wan_i2v", "WAN21_I2V", "wan.model", {**WAN, "model_type": "i2v", "in_dim": 36}, frames=2, extras=wan_i2v_extras),
+    Family("ltxv", "LTXV", "lightricks.model", LTXV, channels=128, size=(8, 6), frames=2, extras=_ltxv_extras),
     Family(
         "hidream", "HiDream", "hidream.model", _HIDREAM, tokens=12,
-        extras=lambda generator: {**_pooled(32)(generator), "conditioning_llama3": _randn(generator, 1, 4, 9, 48)},
+        extras=lambda generator: {**pooled(32)(generator), "conditioning_llama3": randn(generator, 1, 4, 9, 48)},
     ),
     Family(
-        "hunyuan_video", "HunyuanVideo", "hunyuan_video.model", _HUNYUAN_VIDEO, frames=2, extras=_pooled(32),
-        optional=_HV_OPTIONS, parameters="hunyuan_video.model.HunyuanVideoParams",
+        "hunyuan_video", "HunyuanVideo", "hunyuan_video.model", HUNYUAN_VIDEO, frames=2, extras=pooled(32),
+        optional=HUNYUAN_VIDEO_OPTIONS, parameters="hunyuan_video.model.HunyuanVideoParams",
     ),
-    Family("cosmos_predict2", "CosmosT2IPredict2", "cosmos.predict2", _COSMOS2, frames=1),
+    Family("cosmos_predict2", "CosmosT2IPredict2", "cosmos.predict2", COSMOS2, frames=1),
     Family(
         "cascade", "Stable_Cascade_C", "cascade.stage_c", _CASCADE, size=(8, 6),
-        extras=lambda generator: {"pooled_output": _randn(generator, 1, 1, 32)},
+        extras=lambda generator: {"pooled_output": randn(generator, 1, 1, 32)},
     ),
     Family("omnigen2", "Omnigen2", "omnigen.omnigen2", _OMNIGEN2, extras=_token_count),
     Family(
         "omnigen2_edit", "Omnigen2", "omnigen.omnigen2", _OMNIGEN2,
-        extras=lambda generator: {**_token_count(generator), "reference_latents": [_randn(generator, 1, 16, 8, 12)]},
+        extras=lambda generator: {**_token_count(generator), "reference_latents": [randn(generator, 1, 16, 8, 12)]},
     ),
     Family("ernie_image", "ErnieImage", "ernie.model", _ERNIE, channels=128, size=(8, 6)),
     Family("krea2", "Krea2", "krea2.model", _KREA2, frames=1),
     Family(
-        "flux2", "Flux2", "flux.model", _FLUX2, channels=128, size=(8, 6), extras=_pooled(32), optional={"txt_ids_dims": [3]},
+        "flux2", "Flux2", "flux.model", _FLUX2, channels=128, size=(8, 6), extras=pooled(32), optional={"txt_ids_dims": [3]},
         parameters="flux.model.FluxParams",
     ),
     Family("lens", "Lens", "lens.model", _LENS, channels=128, size=(8, 6)),
     Family("joyimage", "JoyImage", "joyimage.model", _JOYIMAGE, frames=1),
     Family(
         "joyimage_edit", "JoyImage", "joyimage.model", _JOYIMAGE, frames=1,
-        extras=lambda generator: {"reference_latents": [_randn(generator, 1, 16, 1, 8, 12)]},
+        extras=lambda generator: {"reference_latents": [randn(generator, 1, 16, 1, 8, 12)]},
     ),
     Family("mage_flow", "MageFlow", "mage_flow.model", _MAGE_FLOW, channels=128, size=(8, 6)),
     Family("boogu", "Boogu", "boogu.model", _BOOGU, extras=_token_count),
-    Family("pixeldit", "PixelDiTT2I", "pixeldit.model", _PIXELDIT, channels=3, size=(32, 24)),
-    Family("cogvideox", "CogVideoX_T2V", "cogvideo.model", _COGVIDEOX, frames=2),
-    Family("kandinsky5", "Kandinsky5Image", "kandinsky5.model", _KANDINSKY5, extras=_pooled(32)),
+    Family("pixeldit", "PixelDiTT2I", "pixeldit.model", PIXELDIT, channels=3, size=(32, 24)),
+    Family("cogvideox", "CogVideoX_T2V", "cogvideo.model", COGVIDEOX, frames=2),
+    Family("kandinsky5", "Kandinsky5Image", "kandinsky5.model", KANDINSKY5, extras=pooled(32)),
     Family(
         "hunyuan_image", "HunyuanImage21", "hunyuan_video.model", _HUNYUAN_IMAGE, channels=64, size=(8, 6),
-        extras=lambda generator: {"conditioning_byt5small": _randn(generator, 1, 5, 1472)},
-        optional={**_HV_OPTIONS, "byt5": True}, parameters="hunyuan_video.model.HunyuanVideoParams",
+        extras=lambda generator: {"conditioning_byt5small": randn(generator, 1, 5, 1472)},
+        optional={**HUNYUAN_VIDEO_OPTIONS, "byt5": True}, parameters="hunyuan_video.model.HunyuanVideoParams",
     ),
     Family(
-        "hunyuan_video15", "HunyuanVideo15", "hunyuan_video.model", _HUNYUAN_VIDEO15, channels=32, size=(8, 6), frames=2,
-        extras=_hunyuan_video15_extras, parameters="hunyuan_video.model.HunyuanVideoParams",
-        optional={**_HV_OPTIONS, "byt5": True, "use_cond_type_embedding": True, "vision_in_dim": 48},
+        "hunyuan_video15", "HunyuanVideo15", "hunyuan_video.model", HUNYUAN_VIDEO15, channels=32, size=(8, 6), frames=2,
+        extras=hunyuan_video15_extras, parameters="hunyuan_video.model.HunyuanVideoParams",
+        optional={**HUNYUAN_VIDEO_OPTIONS, "byt5": True, "use_cond_type_embedding": True, "vision_in_dim": 48},
     ),
 ]  # fmt: skip
 

@@ -1,0 +1,57 @@
+"""A tiny random DiT or SiT, as the pack's own nodes load and prompt it."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import host_inprocess
+import torch
+from families import Conditioning, randomise
+from safetensors.torch import save_file
+
+TINY: dict[str, Any] = {"depth": 3, "width": 128, "heads": 2, "patch_size": 2, "classes": 1000}
+
+
+def tiny(seed: int = 0, **changes: Any) -> Any:
+    """The pack's network with seeded weights."""
+    host_inprocess.load_pack()
+    from fovea_attention.attention.dit import DiT
+
+    network = DiT(**{**TINY, **changes}, dtype=torch.float32, device="cpu")
+    randomise(network, seed)
+    network.y_embedder.embedding_table.weight.mul_(8)  # a class that shows in the picture
+    return network.eval()
+
+
+@dataclass(frozen=True)
+class ClassFamily:
+    """Loaded as ``DiTLoader`` does and prompted by ``DiTClassLabel``; otherwise a ``families.Family``."""
+
+    name: str
+    prediction: str
+    size: tuple[int, int] = (8, 8)
+    frames: int = 0
+    has_prompt: bool = False
+    start: float = 0.0
+
+    def build(self) -> Any:
+        network = tiny()
+        from fovea_attention.attention.dit_host import load_dit
+
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"{self.name}.safetensors"
+            save_file(network.state_dict(), file)
+            return load_dit(str(file), self.prediction)
+
+    def conds(self, seed: int = 1) -> Conditioning:
+        """A class from seed 1, the null class from any other."""
+        return host_inprocess.pack_nodes()["DiTClassLabel"].execute("207: golden retriever")[0 if seed == 1 else 1]
+
+    def latent(self, batch: int = 1, size: tuple[int, int] | None = None) -> torch.Tensor:
+        return torch.zeros(batch, 4, *(size or self.size))
+
+
+CLASS_FAMILIES = {family.name: family for family in (ClassFamily("dit", "epsilon"), ClassFamily("sit", "velocity"))}

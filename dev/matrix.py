@@ -1,0 +1,600 @@
+"""`python dev matrix`: what each node of the pack does on every family of the host's list.
+
+    python dev matrix [--only WORD] [--write] [--json FILE]
+
+A tiny random model of each family goes through real sampling with each node, and what is said of it is measured: attention
+modules that were not called, maps of the right mass, a latent that moved, a loss that fell, a model that was left as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import sys
+import tempfile
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from host_inprocess import ROOT, load_pack, pack_nodes, start_host
+from torch import Tensor
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- family matrix: python dev matrix --write -->", "<!-- end of the family matrix -->"
+
+BUILD, WORDS, PLACES, SAMPLER = "build", "words", "self-attention", "DiT Sampler (ddpm)"
+STEPS, GATE_STEPS, CFG = 2, 3, 3.0
+_OVERSHOOT = 0.1  # of bicubic interpolation, by which layers are brought to one grid
+_NEAR = 1e-6  # relative difference of two latents that are the same but for rounding
+
+
+# --- which families ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """Families under one name. Those that answer differently get lines of their own.
+
+    Attributes:
+        families: names of the builders, ``families`` and ``families_more``.
+        same: classes of ``comfy.supported_models`` that differ from the first family's in sizes only.
+    """
+
+    name: str
+    families: tuple[str, ...]
+    same: tuple[str, ...] = ()
+
+
+ROWS = (
+    Row("SD1.5", ("sd15", "sd15_edit")),
+    Row("Stable Zero123", ("zero123",)),
+    Row("SD2", ("sd2", "sd2_unclip", "sd_x4"), ("SD21UnclipH",)),
+    Row("Lotus", ("lotus",)),
+    Row("SDXL", ("sdxl", "sdxl_refiner"), ("SDXL_instructpix2pix", "SSD1B", "KOALA_700M", "KOALA_1B", "Segmind_Vega")),
+    Row("SVD, SV3D", ("svd", "sv3d"), ("SV3D_p",)),
+    Row("Stable Cascade", ("cascade", "cascade_b")),
+    Row("SD3, SD3.5", ("sd3", "sd35_medium")),
+    Row("AuraFlow", ("auraflow",)),
+    Row("PixArt", ("pixart",), ("PixArtSigma",)),
+    Row("HunyuanDiT", ("hunyuan_dit",), ("HunyuanDiT1",)),
+    Row("Flux", ("flux", "flux_kontext", "longcat"), ("FluxInpaint", "FluxSchnell")),
+    Row("Flux.2", ("flux2",)),
+    Row("Chroma", ("chroma", "chroma_radiance")),
+    Row("Lens", ("lens",)),
+    Row("Mochi", ("mochi",)),
+    Row("LTX-Video", ("ltxv", "ltxav")),
+    Row("MiniMax H3", ("minimax",)),
+    Row("HunyuanVideo", ("hunyuan_video", "hunyuan_video_i2v"), ("HunyuanVideoSkyreelsI2V",)),
+    Row("HunyuanVideo 1.5", ("hunyuan_video15", "hunyuan_video15_sr")),
+    Row("HunyuanImage 2.1", ("hunyuan_image", "hunyuan_image_refiner")),
+    Row("Cosmos 1", ("cosmos1",), ("CosmosI2V",)),
+    Row("Cosmos-Predict2, Anima", ("cosmos_predict2", "anima"), ("CosmosI2VPredict2",)),
+    Row("Lumina 2", ("lumina2",)),
+    Row("Z-Image", ("z_image", "z_image_pixel")),
+    Row("PixelDiT", ("pixeldit", "pid")),
+    Row("Wan 2.1, 2.2", ("wan_t2v", "wan_i2v", "wan22", "wan_flowrvs"), ("WAN21_FunControl2V",)),
+    Row("Wan VACE, camera", ("wan_vace", "wan_camera"), ("WAN22_Camera",)),
+    Row("Wan with sound or pose", ("wan_humo", "wan_s2v", "wan_animate", "wan_scail", "wan_dancer"), ("WAN21_SCAIL2",)),
+    Row("Wan causal", ("wan_causal",)),
+    Row("HiDream", ("hidream",)),
+    Row("HiDream-O1", ("hidream_o1",)),
+    Row("OmniGen2", ("omnigen2", "omnigen2_edit")),
+    Row("Boogu", ("boogu",)),
+    Row("Qwen-Image", ("qwen_image", "qwen_image_edit")),
+    Row("MageFlow", ("mage_flow",)),
+    Row("JoyImage", ("joyimage", "joyimage_edit")),
+    Row("Ideogram 4", ("ideogram4",)),
+    Row("Krea 2", ("krea2",)),
+    Row("Kandinsky 5", ("kandinsky5", "kandinsky5_video")),
+    Row("ERNIE-Image", ("ernie_image",)),
+    Row("CogVideoX", ("cogvideox", "cogvideox_i2v"), ("CogVideoX_Inpaint",)),
+    Row("SeedVR2", ("seedvr2",)),
+    Row("DiT", ("dit",)),
+    Row("SiT", ("sit",)),
+)
+
+# Of the host's list, what makes no pictures: sound, 3D, and networks that look at pictures.
+LEFT_OUT = (
+    "StableAudio", "StableAudio3", "ACEStep", "ACEStep15", "Hunyuan3Dv2", "Hunyuan3Dv2mini", "Hunyuan3Dv2_1", "TripoSplat",
+    "RT_DETR_v4", "SAM3", "SAM31", "DepthAnything3",
+)  # fmt: skip
+
+
+def builders() -> dict[str, Any]:
+    """Everything that can be built, by name."""
+    from families import FAMILIES
+    from families_dit import CLASS_FAMILIES
+    from families_more import MORE_FAMILIES
+
+    return {**FAMILIES, **MORE_FAMILIES, **CLASS_FAMILIES}
+
+
+def own_configs(family: Any) -> list[str]:
+    """Its class of ``comfy.supported_models``; DiT has none there."""
+    return [family.config] if hasattr(family, "config") else []
+
+
+# --- what is said of one node on one family ------------------------------------------------------------------------------
+
+
+class Outcome(str, Enum):
+    WORKS = "works"
+    PART = "in part"
+    REFUSED = "refused"
+    UNBUILT = "cannot be built here"
+    FAULT = "FAULT"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``detail``: what works, or what is wrong; ``message``: what the artist is shown."""
+
+    outcome: Outcome
+    detail: str = ""
+    message: str = ""
+
+
+WORKS = Cell(Outcome.WORKS)
+
+
+def fault(detail: str) -> Cell:
+    return Cell(Outcome.FAULT, detail)
+
+
+class Log(logging.Handler):
+    """The pack's log lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@dataclass
+class Counts:
+    """What a model really did: prompts it was asked for (0 positive, 1 negative), and attention modules that were called."""
+
+    prompts: list[int] = field(default_factory=list)
+    attention: dict[str, int] = field(default_factory=lambda: {"self": 0, "cross": 0})
+
+
+class Trial:
+    """One family with one model, on which the nodes are tried in turn."""
+
+    def __init__(self, family: Any, model: Any, log: Log) -> None:
+        from fovea_attention.attention import host, sites
+
+        self.family, self.log = family, log
+        self.network = host.diffusion_model(model.model)
+        self.nodes = pack_nodes()
+        self.counts = Counts()
+        self.model = model.clone()
+        self.model.add_wrapper_with_key("apply_model", "matrix", self._count_prompts)
+        for site in sites.attention_sites(self.network):
+            site.projection.register_forward_hook(lambda *_, kind=site.kind: self._count_attention(kind))
+        self.positive, self.negative, self.null = (family.conds(seed) for seed in (1, 2, 7))
+        if family.has_prompt:
+            for tensor, options in (*self.positive, *self.negative):
+                options["fovea"] = words_of_a_prompt(tensor.shape[1])
+        self.untouched = self.state()
+        self.plain = self.picture(self.sampled())
+        self.calls = {kind: called // STEPS for kind, called in self.counts.attention.items()}  # in a step
+
+    # Counting
+
+    def _count_prompts(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        self.counts.prompts += args[5]["cond_or_uncond"]
+        return executor(*args, **kwargs)
+
+    def _count_attention(self, kind: str) -> None:
+        self.counts.attention[kind] += 1
+
+    def state(self) -> list[Any]:
+        """What a node could leave behind: forwards, hooks and options."""
+        modules = [(name, module.__dict__.get("forward"), len(module._forward_hooks), len(module._forward_pre_hooks))
+                   for name, module in self.network.named_modules()]  # fmt: skip
+        options = self.model.model_options["transformer_options"]
+        return [modules, sorted(self.model.model_options), sorted(options), len(self.model.get_all_callbacks("on_cleanup"))]
+
+    # Sampling
+
+    def guider(self, model: Any) -> Any:
+        import comfy.samplers
+
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(self.positive, self.negative)
+        guider.set_cfg(CFG)
+        return guider
+
+    def sigmas(self, steps: int) -> Tensor:
+        import comfy.samplers
+
+        return comfy.samplers.calculate_sigmas(self.model.get_model_object("model_sampling"), "simple", steps)
+
+    def latent(self) -> Any:
+        empty = self.family.latent()
+        if not self.family.start:
+            return empty
+        return self.family.start * torch.randn(empty.shape, generator=torch.Generator().manual_seed(4))
+
+    def sampled(self, guider: Any = None, steps: int = STEPS, sampler: Any = None) -> Any:
+        """The latent of a run, as SamplerCustomAdvanced makes it."""
+        import comfy.sample
+        import comfy.samplers
+
+        latent = self.latent()
+        sampler = sampler or comfy.samplers.sampler_object("euler")
+        self.counts = Counts()
+        with torch.inference_mode():
+            noise = comfy.sample.prepare_noise(latent, 3)
+            guider = guider or self.guider(self.model)
+            return guider.sample(noise, latent, sampler, self.sigmas(steps), disable_pbar=True, seed=3)
+
+    @staticmethod
+    def picture(latent: Any) -> Tensor:
+        """The latent; of video with sound, the video's."""
+        return latent.unbind()[0] if getattr(latent, "is_nested", False) else latent
+
+    def moved(self, latent: Any) -> bool:
+        """Whether a latent is another one than without the node."""
+        return bool((self.picture(latent) - self.plain).norm() > _NEAR * self.plain.norm())
+
+    # The nodes
+
+    def judged(self, judge: Callable[[], Cell]) -> Cell:
+        """The cell of a node; an error counts as a refusal where it is the pack's own and the model has not run."""
+        self.log.lines.clear()
+        self.counts = Counts()
+        try:
+            cell = judge()
+        except ValueError as error:
+            late = "refused, but only after the model had run: " if self.counts.prompts else ""
+            cell = fault(late + str(error)) if late else Cell(Outcome.REFUSED, message=str(error))
+        except Exception as error:
+            cell = fault(f"{type(error).__name__}: {error}")
+        if self.state() != self.untouched:
+            cell = fault(f"it left something on the model ({cell.outcome.value} {cell.detail})")
+        return cell
+
+    def cells(self) -> dict[str, Cell]:
+        maps: list[Any] = []
+        cells = {
+            "T-GATE Cache": self.judged(self.t_gate),
+            WORDS: self.judged(lambda: self.words(maps)),
+            PLACES: self.judged(lambda: self.places(maps)),
+            "Attend-and-Excite": self.judged(self.excite),
+            "Attention Distillation": self.judged(self.distill),
+            SAMPLER: self.judged(self.ddpm),
+        }
+        if not torch.equal(self.picture(self.sampled()), self.plain):
+            return {
+                name: fault(f"after all nodes the plain picture is another one ({cell.detail})") for name, cell in cells.items()
+            }
+        return cells
+
+    def t_gate(self) -> Cell:
+        """Two steps before the gate and one behind it, in which self-attention may be reused too."""
+        model = self.nodes["TGateCache"].execute(self.model, gate_at=2 / 3, sp_interval=1, fi_interval=GATE_STEPS)[0]
+        latent = self.picture(self.sampled(self.guider(model), GATE_STEPS))
+        saved = {kind: self.calls[kind] * GATE_STEPS - called for kind, called in self.counts.attention.items()}
+        dropped = GATE_STEPS - self.counts.prompts.count(1)
+        if not latent.isfinite().all() or self.counts.prompts.count(0) != GATE_STEPS:
+            return fault("the positive prompt is not computed once a step, or the latent is not finite")
+        said = self.log.lines[-1]
+        null = "null class" if hasattr(self.family, "prediction") else "negative prompt"
+        done = [text for text, holds in (("self-attention reused", saved["self"]), (f"{null} skipped", dropped)) if holds]
+        if saved["cross"] and dropped:
+            return WORKS
+        if done:
+            return (
+                Cell(Outcome.PART, ", ".join(done)) if "has no separate cross-attention" in said else fault(f"not said: {done}")
+            )
+        return Cell(Outcome.REFUSED, message=said) if ";" in said else fault("a silent no-op")
+
+    def captured(self, maps: list[Any]) -> Any:
+        """The maps of one run for both views, sampled once."""
+        if not maps:
+            model, found = self.nodes["AttnMapCapture"].execute(self.model, self_attention=True).args
+            latent = self.sampled(self.guider(model))
+            if self.moved(latent) or not torch.equal(self.picture(latent), self.plain):
+                raise RuntimeError("the picture is another one with Capture Attention Maps")
+            maps.append(self._stored(found))
+            self.counts = Counts()  # the preview is a node of its own: what it refuses, it refuses before it draws
+        return maps[0]
+
+    def _stored(self, maps: Any) -> Any:
+        """The same maps from a file, through the nodes that keep them."""
+        saved = self.nodes["FoveaSaveAttnMaps"].execute(maps, self._image(), "matrix")
+        file = saved.ui.as_dict()["text"][0]
+        return self.nodes["FoveaLoadAttnMaps"].execute(f"{file} [output]")[0]
+
+    def _image(self) -> Tensor:
+        """As the decoder would give it, in proportion."""
+        height, width = (round(side * 64 / max(self.family.size)) for side in self.family.size)
+        return torch.full((max(self.family.frames, 1), height, width, 3), 0.5)
+
+    def preview(self, maps: Any, **settings: Any) -> tuple[Tensor, Tensor]:
+        shown, masks = self.nodes["AttnMapPreview"].execute(maps, self._image(), **settings).args[:2]
+        return shown, masks
+
+    def words(self, maps: list[Any]) -> Cell:
+        found = self.captured(maps)
+        notes = [note for note in found.notes if "token" in note or "layers" in note or "seen" in note]
+        shown, masks = self.preview(found)
+        positive = found.of()
+        steps = len(positive.steps)
+        for name, layer in positive.layers.items():
+            mass = layer.maps.float().sum(2) / steps
+            if not (mass.isfinite().all() and mass.min() > 0 and mass.max() < 1 + _OVERSHOOT):
+                return fault(
+                    f"the attention of {name} to the words adds up to {float(mass.min()):.3g} to {float(mass.max()):.3g}"
+                )
+        if not (shown.isfinite().all() and 0 <= masks.min() and masks.max() <= 1 and (masks.flatten(1).std(1) > 0).all()):
+            return fault("masks are flat or out of range")
+        return Cell(Outcome.PART, message="; ".join(notes)) if notes else WORKS
+
+    def places(self, maps: list[Any]) -> Cell:
+        shown, masks = self.preview(self.captured(maps), view="self-attention")
+        if not (shown.isfinite().all() and 0 <= masks.min() and masks.max() <= 1 and masks.std() > 0):
+            return fault("the view is flat or out of range")
+        return WORKS
+
+    def excite(self) -> Cell:
+        guider = self.nodes["AttendExciteGuider"].execute(
+            self.model,
+            self.positive,
+            self.negative,
+            CFG,
+            guide_until=1 / STEPS,
+            scale_factor=1000,
+            thresholds="",
+            attention_grid=4,
+        )[0]
+        with gradients() as norms:
+            latent = self.sampled(guider)
+        if not (norms and min(norms) > 0 and self.picture(latent).isfinite().all() and self.moved(latent)):
+            return fault(f"gradients {norms}, latent {'moved' if self.moved(latent) else 'the same'}")
+        return WORKS if any("1 guided steps" in line for line in self.log.lines) else fault("a silent no-op")
+
+    def distill(self) -> Cell:
+        import comfy.samplers
+
+        generator = torch.Generator().manual_seed(9)
+        reference = torch.randn(self.picture(self.family.latent()).shape, generator=generator)
+        with torch.inference_mode():
+            output, denoised, report = self.nodes["AttentionDistillSampler"].execute(
+                Noise(), self.guider(self.model), comfy.samplers.sampler_object("euler"), self.sigmas(STEPS),
+                {"samples": self.latent()}, {"samples": reference}, self.null, iterations=2, end_at=1 / STEPS,
+            ).args  # fmt: skip
+        steps = json.loads(report)["steps"]
+        if not (output["samples"].isfinite().all() and self.moved(output["samples"]) and len(steps) == 1):
+            return fault("the latent is not finite, or the same as without the node")
+        if not all(step["loss"][0] > step["loss"][-1] > 0 for step in steps):
+            return fault(f"the loss does not fall: {[step['loss'] for step in steps]}")
+        return WORKS
+
+    def ddpm(self) -> Cell:
+        latent = self.sampled(sampler=self.nodes["DiTSampler"].execute()[0])
+        return WORKS if self.picture(latent).isfinite().all() and self.moved(latent) else fault("not finite")
+
+
+class Noise:
+    """RandomNoise, as the core node makes it."""
+
+    seed = 3
+
+    def generate_noise(self, latent: dict[str, Any]) -> Any:
+        import comfy.sample
+
+        return comfy.sample.prepare_noise(latent["samples"], self.seed)
+
+
+@contextmanager
+def gradients() -> Iterator[list[float]]:
+    """Norms of the gradients of every pass while it lasts."""
+    from fovea_attention.attention.gradient import ModelPass
+
+    norms: list[float] = []
+    measure = ModelPass.gradient
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = measure(self, *args, **kwargs)
+        norms.append(float(found.latent.norm()) if found is not None else 0.0)
+        return found
+
+    ModelPass.gradient = watched  # type: ignore[method-assign]
+    try:
+        yield norms
+    finally:
+        ModelPass.gradient = measure  # type: ignore[method-assign]
+
+
+def words_of_a_prompt(rows: int) -> dict[str, Any]:
+    """What 'Prompt with Subjects' leaves in the encoding of "[cat] and [dog]", for text features of any encoder."""
+    words = [(6, "cat", 0), (7, "and", 4), (8, "dog", 8)]  # places that no family of the tests masks
+    tokens = [[position, word, start, start + len(word), "text", "l"] for position, word, start in words]
+    return {
+        "version": 1, "text": "cat and dog", "subjects": [[0, 3], [8, 11]], "tokens": tokens, "length": 9,
+        "conditioning_length": rows,
+    }  # fmt: skip
+
+
+# --- all of them ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table."""
+
+    name: str
+    configs: list[str]
+    cells: dict[str, Cell]
+
+    @property
+    def faults(self) -> list[str]:
+        return [f"{self.name}, {node}: {cell.detail}" for node, cell in self.cells.items() if cell.outcome is Outcome.FAULT]
+
+
+def try_family(family: Any, log: Log) -> dict[str, Cell]:
+    """The cells of one family."""
+    try:
+        model = family.build()
+        trial = Trial(family, model, log)
+    except Exception as error:
+        return {BUILD: Cell(Outcome.UNBUILT, message=f"{type(error).__name__}: {error}")}
+    names = (type(trial.network).__name__, type(model.model).__name__)
+    return {node: without_names(cell, *names) for node, cell in trial.cells().items()}
+
+
+def measure(rows: Sequence[Row], told: Callable[[str], None] = lambda name: None) -> list[Line]:
+    """Every family of every row, those with the same answers in one line; ``told`` gets the name of each before it is tried."""
+    load_pack()
+    families = builders()
+    lines: list[Line] = []
+    with quiet() as log:
+        for row in rows:
+            found: dict[str, Line] = {}
+            for name in row.families:
+                told(name)
+                family = families[name]
+                cells = try_family(family, log)
+                line = found.setdefault(
+                    json.dumps({node: asdict(cell) for node, cell in cells.items()}), Line(row.name, [], cells)
+                )
+                line.configs.extend(config for config in own_configs(family) if config not in line.configs)
+            next(iter(found.values())).configs.extend(row.same)
+            if len(found) > 1:
+                found = {key: replace(line, name=f"{row.name} ({', '.join(line.configs)})") for key, line in found.items()}
+            lines.extend(found.values())
+    return lines
+
+
+def without_names(cell: Cell, *names: str) -> Cell:
+    """The same for every network that is told the same."""
+    message = cell.message
+    for name in names:
+        message = re.sub(rf"\b{re.escape(name)}\b", "<model>", message)
+    return replace(cell, message=message)
+
+
+@contextmanager
+def quiet() -> Iterator[Log]:
+    """The pack's log lines in a list, no progress bars, and files in a folder that goes away."""
+    import comfy.utils
+    import folder_paths
+
+    log, logger = Log(), logging.getLogger("fovea")
+    before = logger.level, logger.propagate, comfy.utils.PROGRESS_BAR_ENABLED
+    folders = folder_paths.get_temp_directory(), folder_paths.get_output_directory()
+    logger.addHandler(log)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    comfy.utils.set_progress_bar_enabled(False)
+    try:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            folder_paths.set_temp_directory(folder)
+            folder_paths.set_output_directory(folder)
+            yield log
+    finally:
+        logger.removeHandler(log)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+        comfy.utils.set_progress_bar_enabled(before[2])
+        folder_paths.set_temp_directory(folders[0])
+        folder_paths.set_output_directory(folders[1])
+
+
+# --- the table -----------------------------------------------------------------------------------------------------------
+
+_COLUMNS = {
+    "T-GATE Cache": "T-GATE Cache",
+    WORDS: "maps: words",
+    PLACES: "maps: self-attention",
+    "Attend-and-Excite": "Attend-and-Excite",
+    "Attention Distillation": "Attention Distillation",
+}
+
+
+class Messages:
+    """What artists are shown, numbered as it first occurs."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def text(self, cell: Cell) -> str:
+        parts = [cell.outcome.value + (f": {cell.detail}" if cell.detail else "")]
+        if cell.message:
+            parts.append(f"[{self.numbers.setdefault(cell.message, len(self.numbers) + 1)}]")
+        return " ".join(parts)
+
+    def listed(self) -> list[str]:
+        return [
+            textwrap.fill(f"{number}. `{message}`", 130, subsequent_indent="   ", break_long_words=False, break_on_hyphens=False)
+            for message, number in self.numbers.items()
+        ]
+
+
+def render(lines: Sequence[Line]) -> str:
+    """The table in Markdown, and below it what each refusal says."""
+    messages = Messages()
+    rows = [f"| {' | '.join(['family', *_COLUMNS.values()])} |", "|---" * (1 + len(_COLUMNS)) + "|"]
+    for line in lines:
+        unbuilt = line.cells.get(BUILD)
+        cells = [unbuilt] * len(_COLUMNS) if unbuilt else [line.cells[node] for node in _COLUMNS]
+        rows.append(f"| {' | '.join([line.name, *map(messages.text, cells)])} |")
+    sampler = _elsewhere(SAMPLER, lines, messages)
+    return "\n".join([*rows, "", sampler, "", "What is said where a node refuses, or does not do all:", "", *messages.listed()])
+
+
+def _elsewhere(node: str, lines: Sequence[Line], messages: Messages) -> str:
+    """A node whose answer is the same nearly everywhere, in one sentence."""
+    answers: dict[str, list[str]] = {}
+    for line in lines:
+        if node in line.cells:
+            answers.setdefault(messages.text(line.cells[node]), []).append(line.name)
+    most = max(answers, key=lambda answer: len(answers[answer]))
+    parts = [f"{', '.join(dict.fromkeys(names))}: {answer}" for answer, names in answers.items() if answer != most]
+    return f"*{node}*: {'; '.join([*parts, f'all others: {most}'])}."
+
+
+def with_table(readme: str, table: str) -> str:
+    """The README with ``table`` between its two marks."""
+    start, end = readme.index(BEGIN) + len(BEGIN), readme.index(END)
+    return f"{readme[:start]}\n\n{table}\n\n{readme[end:]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python dev matrix", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", metavar="WORD", help="only the families whose name has this in it")
+    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the cells here, with the host's name of each model")
+    arguments = parser.parse_args()
+    rows = [row for row in ROWS if arguments.only.lower() in row.name.lower()]
+    if not rows or (arguments.write and len(rows) < len(ROWS)):
+        parser.error("--only leaves nothing" if not rows else "--write needs every family: leave out --only")
+    start_host(cpu=True)
+    torch.set_num_threads(1)
+    lines = measure(rows, lambda name: print(name, file=sys.stderr))
+    print(render(lines))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(line) for line in lines], indent=1) + "\n", encoding="utf-8")
+    if arguments.write:
+        README.write_text(with_table(README.read_text(encoding="utf-8"), render(lines)), encoding="utf-8")
+    faults = [text for line in lines for text in line.faults]
+    if faults:
+        sys.exit("\n".join(["", *faults]))
+
+
+if __name__ == "__main__":
+    main()

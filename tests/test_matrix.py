@@ -1,0 +1,54 @@
+"""The family matrix in the README is what `python dev matrix` measures, and nothing of the host's list is missing in it."""
+
+from __future__ import annotations
+
+import comfy.supported_models
+import matrix
+import pytest
+from matrix import Outcome
+
+TABLE_OF = "0.30.0"
+
+
+@pytest.fixture
+def of_this_host(host_version: str) -> None:
+    if host_version != TABLE_OF:
+        pytest.skip(f"the table is that of ComfyUI {TABLE_OF}, whose list of models is longer than that of {host_version}")
+
+
+@pytest.mark.usefixtures("of_this_host")
+def test_every_class_of_the_hosts_list_is_in_the_table_or_left_out_by_name():
+    families = matrix.builders()
+    built = {config for family in families.values() for config in matrix.own_configs(family)}
+    same = {config for row in matrix.ROWS for config in row.same}
+    assert {cls.__name__ for cls in comfy.supported_models.models} == {*built, *same, *matrix.LEFT_OUT}
+    assert sorted(name for row in matrix.ROWS for name in row.families) == sorted(families)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("of_this_host")
+def test_the_readme_shows_what_is_measured():
+    lines = matrix.measure(matrix.ROWS)
+    assert [text for line in lines for text in line.faults] == []
+    assert [line.cells[matrix.BUILD].message for line in lines if matrix.BUILD in line.cells] == []
+    readme = matrix.README.read_text(encoding="utf-8")
+    assert matrix.with_table(readme, matrix.render(lines)) == readme, "run `python dev matrix --write` and look at its diff"
+
+
+def test_a_node_that_does_nothing_and_says_nothing_is_a_fault():
+    trial = matrix.Trial.__new__(matrix.Trial)
+    trial.log, trial.counts, trial.untouched = matrix.Log(), matrix.Counts(), None
+    trial.state = lambda: None  # type: ignore[method-assign]
+
+    def late() -> matrix.Cell:
+        trial.counts.prompts.append(0)
+        raise ValueError("no")
+
+    def refusal() -> matrix.Cell:
+        raise ValueError("connect a model")
+
+    assert trial.judged(refusal) == matrix.Cell(Outcome.REFUSED, message="connect a model")
+    assert trial.judged(late).outcome is Outcome.FAULT
+    assert trial.judged(lambda: [][0]).outcome is Outcome.FAULT
+    trial.state = lambda: "a hook"  # type: ignore[method-assign]
+    assert "left something" in trial.judged(lambda: matrix.WORKS).detail
