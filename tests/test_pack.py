@@ -24,7 +24,6 @@ ROOT = host_inprocess.ROOT
 SNAPSHOT = Path(__file__).with_name("node_schemas.json")
 UPDATE = "FOVEA_UPDATE_SNAPSHOTS"
 LANGUAGES = ("en", "zh")
-WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NAMES = {"DiTClassLabel.label", "DiTLoader.model_name"}  # options that are names, and stay as they are in every language
 MODULE_NAME = re.compile(r"custom_nodes\.fovea-attention$")
 
@@ -172,24 +171,6 @@ def test_every_node_input_and_output_is_explained(own_info: dict[str, Any]) -> N
         silent += [f"{node} output {i}" for i, tip in enumerate(tips) if len(tip or "") < 10]
         assert info["display_name"] and info["display_name"] != node
     assert silent == []
-
-
-def test_every_node_has_a_help_page_that_names_every_setting(own_info: dict[str, Any]) -> None:
-    missing = []
-    for node, info in own_info.items():
-        page = ROOT / "web" / "docs" / f"{node}.md"
-        text = page.read_text(encoding="utf-8") if page.is_file() else ""
-        missing += [node] if not text.lstrip().startswith("#") else []
-        settings = [name for name, _, kind, _ in inputs_of(info) if isinstance(kind, list) or kind in WIDGET_TYPES]
-        missing += [f"{node}.{name}" for name in settings if f"`{name}`" not in text and f"**{name}**" not in text]
-    assert missing == []
-
-
-@pytest.mark.server
-def test_help_pages_are_served_where_the_browser_looks(server: HostServer, node_classes: dict[str, type]) -> None:
-    for node in node_classes:
-        served = server.request(f"/extensions/{PACK_FOLDER}/docs/{node}.md")
-        assert served == (ROOT / "web" / "docs" / f"{node}.md").read_bytes()
 
 
 def definitions(language: str) -> dict[str, Any]:
