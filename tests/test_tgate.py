@@ -246,10 +246,32 @@ def test_a_looser_tolerance_opens_earlier(tgate, caplog):
     caplog.set_level("INFO", logger="fovea")
     model = small_model()
     gates = []
-    for tolerance in (0.01, 0.15, 1.0):
+    for tolerance in (0.001, 0.004, 1.0):
         sample(tgate(model, mode="auto", tolerance=tolerance, gate_at=1 - 1e-9), steps=20)
         gates.append(gate_of(caplog))
-    assert gates == sorted(gates, reverse=True) and gates[0] > gates[-1] == 3
+    assert gates == sorted(gates, reverse=True) and len(set(gates)) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "gate"),
+    [
+        ([0.30, 0.20, 0.12, 0.04], 6),  # falls from the start: below the tolerance at step 4
+        ([0.04, 0.04, 0.12, 0.10, 0.07, 0.04], 8),  # calm while all is noise, then busy, then settled
+        ([0.04, 0.04, 0.06, 0.04, 0.04], 10),  # never much busier than at the start: the gate stays where it was put
+    ],
+)
+def test_auto_waits_until_attention_settles(pack, monkeypatch, changes, gate):
+    from fovea_attention.attention import tgate
+    from fovea_attention.attention.run import StepClock
+
+    settings = tgate.TGateSettings(gate_at=0.5, mode=tgate.Mode.AUTO, tolerance=0.05)
+    run = tgate.TGateRun(settings, StepClock.from_sigmas(torch.linspace(10, 0, 21)), True)
+    run.first_at_step = True
+    for step, change in enumerate(changes, 1):
+        run.step = step
+        monkeypatch.setattr(run.change, "finish_step", lambda change=change: change)
+        tgate.TGate(settings)._watch_convergence(run)
+    assert run.gate == gate
 
 
 # --- errors and words -----------------------------------------------------------------------------------------------

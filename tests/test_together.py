@@ -1,0 +1,172 @@
+"""All techniques in one graph: what each does while another is at work, and that nothing of any is left.
+
+The rules: gradient passes neither read nor fill T-GATE's cache; guided steps come before the gate; Attention Distillation's own
+passes run on clean options; capture sees the sampling passes only.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import comfy.model_management
+import pytest
+import torch
+from test_distill import FAMILY, NEGATIVE, POSITIVE, guider_of, plain, run
+from test_tgate_leaves_nothing import snapshot
+
+__all__ = ["distill", "features", "fresh_cache", "node"]
+from test_distill import distill, features, fresh_cache, node
+
+STEPS, GATE = 5, 3
+INTERRUPT = comfy.model_management.InterruptProcessingException
+BRIEF = {"iterations": 1, "learning_rate": 0.02}
+EXCITE = {"subjects": "2, 5", "guide_until": 0.4, "thresholds": "0:0.05", "max_refinements": 2}
+
+
+@pytest.fixture(scope="module")
+def model():
+    with torch.inference_mode():
+        return FAMILY.build()
+
+
+@pytest.fixture
+def gate(node_classes):
+    return lambda model, **settings: node_classes["TGateCache"].execute(model, gate_at=GATE / STEPS, **settings)[0]
+
+
+@pytest.fixture
+def capture(node_classes):
+    return lambda model: node_classes["AttnMapCapture"].execute(model).args[:2]
+
+
+@pytest.fixture
+def excite(node_classes):
+    return lambda model, **settings: node_classes["AttendExciteGuider"].execute(
+        model, POSITIVE, NEGATIVE, **{**EXCITE, **settings}
+    )[0]
+
+
+def whole(model, gate, capture, excite, order="gate first"):
+    """Guider of all model techniques, and the maps."""
+    if order == "gate first":
+        watched, maps = capture(gate(model))
+    else:
+        watched, maps = capture(model)
+        watched = gate(watched)
+    return excite(watched), maps
+
+
+@pytest.mark.parametrize("order", ["gate first", "capture first"])
+def test_the_whole_chain(node, model, gate, capture, excite, caplog, order):
+    caplog.set_level("INFO", logger="fovea")
+    guider, maps = whole(model, gate, capture, excite, order)
+    picture, report = run(node, model, guider=guider, steps=STEPS, **BRIEF)
+    assert torch.isfinite(picture).all() and len(report["steps"]) == STEPS
+    assert f"cross-attention reused in {STEPS - GATE} of {STEPS} steps" in caplog.text
+    assert "Attend-and-Excite: 2 guided steps" in caplog.text
+    assert maps.recorded_steps("positive", 0) == list(range(GATE))
+    for name, without in {
+        "T-GATE": excite(model),
+        "Attend-and-Excite": guider_of(gate(model)),
+    }.items():
+        other, _ = run(node, model, guider=without, steps=STEPS, **BRIEF)
+        assert not torch.allclose(picture, other, rtol=1e-3), f"{name} did nothing"
+    undistilled = plain(model, guider=whole(model, gate, capture, excite, order)[0], steps=STEPS)
+    assert not torch.allclose(picture, undistilled, rtol=1e-3)
+
+
+def test_the_order_of_the_model_nodes_is_free(node, model, gate, capture, excite):
+    one, maps = whole(model, gate, capture, excite)
+    two, other_maps = whole(model, gate, capture, excite, "capture first")
+    pictures = [run(node, model, guider=guider, steps=STEPS, **BRIEF)[0] for guider in (one, two)]
+    assert torch.equal(*pictures)
+    torch.testing.assert_close(maps.heat(), other_maps.heat(), rtol=0, atol=0)
+
+
+def test_capture_changes_nothing_in_the_whole(node, model, gate, capture, excite):
+    watched, _ = whole(model, gate, capture, excite)
+    expected, _ = run(node, model, guider=excite(gate(model)), steps=STEPS, **BRIEF)
+    assert torch.equal(run(node, model, guider=watched, steps=STEPS, **BRIEF)[0], expected)
+
+
+def test_guiding_fills_no_cache(node, model, gate, excite, pack, monkeypatch):
+    """With nothing moved (scale 0, no refinement) the guided run is T-GATE's own, bit for bit."""
+    still = excite(gate(model), scale_factor=0.0, thresholds="")
+    assert torch.equal(plain(model, guider=still, steps=STEPS), plain(model, guider=guider_of(gate(model)), steps=STEPS))
+
+
+def test_guided_steps_after_the_gate_still_look_at_the_prompt(model, gate, excite, caplog):
+    """Not how it is meant, but a graph can be wired so: the loss is measured on real attention, not on the cache."""
+    caplog.set_level("INFO", logger="fovea")
+    late = plain(model, guider=excite(gate(model), guide_until=1.0), steps=STEPS)
+    assert torch.isfinite(late).all()
+    assert f"Attend-and-Excite: {STEPS} guided steps" in caplog.text
+    assert f"cross-attention reused in {STEPS - GATE} of {STEPS} steps" in caplog.text
+    early = plain(model, guider=excite(gate(model)), steps=STEPS)
+    assert not torch.allclose(late, early, rtol=1e-3)
+
+
+def test_distilling_passes_run_on_clean_options(node, model, gate, capture):
+    """The loss of the first step sees neither cache nor watch: it is that of the plain model."""
+    _, report = run(node, model, guider=guider_of(capture(gate(model))[0]), steps=STEPS, **BRIEF)
+    _, expected = run(node, model, steps=STEPS, **BRIEF)
+    # The latents are those of a plain run up to the gate.
+    for step in range(GATE - 1):
+        assert report["steps"][step]["loss"] == pytest.approx(expected["steps"][step]["loss"], rel=1e-5)
+
+
+# --- nothing is left ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_equals_the_first_and_the_model_is_as_before(node, model, gate, capture, excite):
+    alone = plain(model, steps=STEPS)
+    before = snapshot(model)  # of a model that the host has loaded
+    guider, _ = whole(model, gate, capture, excite)
+    first, _ = run(node, model, guider=guider, steps=STEPS, **BRIEF)
+    again, _ = run(node, model, guider=guider, steps=STEPS, **BRIEF)
+    assert torch.equal(first, again)
+    assert snapshot(model) == before
+    assert torch.equal(plain(model, steps=STEPS), alone)
+
+
+class Fault:
+    """Raises at the n-th call of the network's first attention, whoever calls it."""
+
+    def __init__(self, model, at: int, error: BaseException) -> None:
+        self.calls, self.at, self.error = 0, at, error
+        first = next(m for name, m in model.model.diffusion_model.named_modules() if name.endswith("attn1.to_q"))
+        self.handle = first.register_forward_hook(self._count)
+
+    def _count(self, *_):
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.error
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("error", [INTERRUPT, RuntimeError], ids=["interrupt", "failure"])
+def test_a_fault_anywhere_leaves_nothing(node, model, gate, capture, excite, features, error, share):
+    """At moments spread over the run: a reference's pass, a gradient, a sampling pass, an Adam step."""
+    alone = plain(model, steps=STEPS)
+    before = snapshot(model)  # of a model that the host has loaded
+    counter = Fault(model, -1, error())
+    try:
+        run(node, model, guider=whole(model, gate, capture, excite)[0], steps=STEPS, **BRIEF)
+    finally:
+        counter.handle.remove()
+    features.CACHE.clear()  # or the second run would have fewer calls
+    fault = Fault(model, 1 + int(share * counter.calls), error("stopped here"))
+    guider, maps = whole(model, gate, capture, excite)
+    try:
+        with pytest.raises(error, match="stopped here"):
+            run(node, model, guider=guider, steps=STEPS, **BRIEF)
+    finally:
+        fault.handle.remove()
+    assert snapshot(model) == before
+    assert torch.equal(plain(model, steps=STEPS), alone)
+    assert not torch.is_inference_mode_enabled()
+    gone = weakref.ref(guider)
+    del guider, maps, fault  # whose error holds the frames it came through
+    gc.collect()
+    assert gone() is None
