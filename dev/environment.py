@@ -4,6 +4,7 @@ One ignored folder holds it all (`.fovea` in the checkout, or `$FOVEA_HOME`):
 
     downloads/        the archives the hosts come from, by their sha256
     hosts/<version>/  ComfyUI, unpacked
+    front-ends/<version>/  the front end of a host that needs another one than the environment has
     venv/             Python with torch, the host's requirements and the developer tools
     log/              what pip said, one file per stage
 
@@ -37,7 +38,7 @@ TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 WITHOUT_DEPENDENCIES = ("comfy-cli==1.23.0",)
 REQUIREMENTS = DEV / "requirements.txt"
 CONSTRAINTS = DEV / "constraints.txt"
-TOOLS = ("pytest", "ruff", "mypy", "comfy_cli", "typer", "pathspec", "yaml")
+TOOLS = ("pytest", "ruff", "mypy", "playwright", "comfy_cli", "typer", "pathspec", "yaml")
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,38 @@ def install_packages(python: Path, host: Path, log: Path) -> None:
     install_alone(python, log)
 
 
+FRONT_END = "comfyui-frontend-package"
+
+
+def front_end_version(host: Path) -> str | None:
+    """The version of the front end that the host asks for."""
+    lines = (host / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return next((line.split("==")[1].strip() for line in lines if line.startswith(f"{FRONT_END}==")), None)
+
+
+def front_end_folder(version: str) -> Path:
+    return home() / "front-ends" / version
+
+
+def front_end_arguments(host: Path) -> tuple[str, ...]:
+    """What makes the host's server show its own front end; nothing where the Python it runs in has to provide one."""
+    version = front_end_version(host)
+    pages = front_end_folder(version or "none") / FRONT_END.replace("-", "_") / "static"
+    return ("--front-end-root", str(pages)) if pages.is_dir() else ()
+
+
+def ensure_front_end(python: Path, host: Path, log: Path) -> bool:
+    """Keep the host's own front end beside the environment, which can hold one version only; whether it was there already."""
+    version = front_end_version(host)
+    if version is None or front_end_folder(version).is_dir():
+        return True
+    unfinished = front_end_folder(version).with_name(f"{version}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    pip(python, "install", "--no-deps", "--target", str(unfinished), f"{FRONT_END}=={version}", log=log)
+    unfinished.rename(front_end_folder(version))
+    return False
+
+
 def install_alone(python: Path, log: Path) -> None:
     pip(python, "install", "--no-deps", *WITHOUT_DEPENDENCIES, log=log.with_name("comfy-cli.log"))
 
@@ -243,10 +276,12 @@ def _ensure_once(base: Path, pins: tuple[HostPin, ...]) -> Environment | None:
             close("ready")
         else:
             venv.create(fingerprint, log / "venv.log")
-    hosts = []
+    hosts: list[Path] = []
     for pin in pins:
         with stages.stage(f"ComfyUI {pin.version}") as close:
             folder, ready = ensure_host(pin, base, lambda pin, to: pip_download(venv.python, pin, to, log / "download.log"))
+            if hosts and front_end_version(folder) != front_end_version(hosts[0]):  # the newest has the environment's
+                ready = ensure_front_end(venv.python, folder, log / "front-end.log") and ready
             hosts.append(folder)
             if ready:
                 close("ready")

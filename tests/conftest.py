@@ -23,6 +23,7 @@ import host_inprocess  # noqa: E402
 
 HOST = host_inprocess.start_host()
 
+import environment  # noqa: E402
 import torch  # noqa: E402
 from host_server import HostServer  # noqa: E402
 
@@ -58,8 +59,8 @@ def node_classes(pack: ModuleType) -> dict[str, type]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostServer]:
-    """A real server of the host under test, with the pack and the embedded model; started once for all tests."""
-    with HostServer(HOST, tmp_path_factory.mktemp("server")) as running:
+    """A real server of the host under test, with its front end, the pack and the embedded model; one for all tests."""
+    with HostServer(HOST, tmp_path_factory.mktemp("server"), arguments=environment.front_end_arguments(HOST)) as running:
         yield running
 
 

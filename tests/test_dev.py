@@ -274,6 +274,33 @@ def test_a_broken_environment_is_made_again(
     assert not mark.exists() and pip_calls == ["install"] * 6
 
 
+def test_a_host_keeps_its_own_front_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment holds one version; another one lies beside it, whole or not at all."""
+    monkeypatch.setenv("FOVEA_HOME", str(tmp_path))
+    host, log = tmp_path / "host", tmp_path / "log"
+    host.mkdir()
+    (host / "requirements.txt").write_text("comfyui-frontend-package==1.2.3\ntorch\n")
+    assert environment.front_end_arguments(host) == ()
+
+    def pip(python: Path, command: str, *arguments: str, log: Path) -> None:
+        assert arguments[-1] == "comfyui-frontend-package==1.2.3"
+        pages = Path(arguments[arguments.index("--target") + 1], "comfyui_frontend_package", "static")
+        pages.mkdir(parents=True)
+        if broken:
+            raise SetupError("no network")
+
+    monkeypatch.setattr(environment, "pip", pip)
+    broken = True
+    with pytest.raises(SetupError):
+        environment.ensure_front_end(Path("python"), host, log)
+    assert environment.front_end_arguments(host) == ()
+    broken = False
+    assert not environment.ensure_front_end(Path("python"), host, log)
+    assert environment.ensure_front_end(Path("python"), host, log), "it is there already"
+    root = environment.front_end_folder("1.2.3") / "comfyui_frontend_package" / "static"
+    assert environment.front_end_arguments(host) == ("--front-end-root", str(root))
+
+
 def test_a_failed_stage_says_which_why_and_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-c", "print('no space left on the moon'); raise SystemExit(3)"]
     with pytest.raises(SetupError) as caught, Stages(2).stage("torch 2.11.0"):

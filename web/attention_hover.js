@@ -14,6 +14,7 @@ const FORMAT = 1;
 const outputs = new WeakMap(); // node -> its last output
 const files = new Map(); // file name -> its content; null while it loads and where it cannot be read
 let box = null;
+let pointer = null; // the last event: what is loaded late is shown where the pointer rests, and a tap has no second event
 
 /** The same function, but an error in it stays inside it. */
 function harmless(callback) {
@@ -52,6 +53,7 @@ async function load(file) {
     if (content?.version !== FORMAT) return;
     for (const map of content.maps) map.levels = Uint8Array.from(atob(map.levels), (char) => char.charCodeAt(0));
     files.set(file.filename, content);
+    if (pointer) harmless(point)(pointer);
   } catch (error) {
     console.debug("Fovea: the word maps could not be read.", error);
   }
@@ -160,10 +162,18 @@ function show(event, { u, v, words }) {
 }
 
 function point(event) {
+  pointer = event;
   const hit = hitOnCanvas(event) ?? hitOnPage(event);
   const found = hit && ranking(hit);
   if (found) show(event, found);
   else if (box) box.style.display = "none";
+}
+
+/** The mouse has left the page: no further event would take the box away. (A finger that lifts leaves too.) */
+function leave(event) {
+  if (event.pointerType === "touch") return;
+  pointer = null;
+  if (box) box.style.display = "none";
 }
 
 let listening = false;
@@ -174,6 +184,7 @@ function listen() {
   for (const kind of ["pointermove", "pointerdown"]) {
     document.addEventListener(kind, harmless(point), { capture: true, passive: true });
   }
+  document.documentElement.addEventListener("pointerleave", harmless(leave));
 }
 
 app.registerExtension({

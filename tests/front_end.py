@@ -1,0 +1,212 @@
+"""ComfyUI's real front end in a headless Chromium, worked the way a person works it.
+
+What a person clicks or types is clicked or typed. Only what differs between front ends without mattering here (where a node
+lies on the screen, when a page is ready) is asked of the page's own `app`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import ConsoleMessage, Locator, Page, Playwright, expect
+
+PATIENCE = 60_000  # ms; only ever waited for in full when something is broken
+FLAGS = (
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+# The front end has opened a first workflow of its own, the last thing it does.
+READY = """() => !!(window.app?.extensionManager?.workflow?.activeWorkflow?.isLoaded
+  && app.graph && window.LiteGraph?.registered_node_types.AttnMapPreview)"""
+FOLLOW_RUNS = """() => {
+  window.foveaRuns = [];
+  for (const kind of ["execution_success", "execution_error", "execution_interrupted"])
+    app.api.addEventListener(kind, ({ detail }) => foveaRuns.push({ kind, ...detail }));
+}"""
+CENTRE = """([id, scale]) => {
+  app.canvas.ds.scale = scale;
+  app.canvas.centerOnNode(app.graph.getNodeById(id));
+  app.canvas.setDirty(true, true);
+}"""
+SELECT_NEW = """(kind) => {
+  app.graph.clear();
+  const node = LiteGraph.createNode(kind);
+  app.graph.add(node);
+  app.canvas.ds.scale = 0.5;
+  app.canvas.centerOnNode(node);
+  app.canvas.selectNode(node);
+}"""
+# Left, top, width and height in the window of a node's picture: of its page element, else as the canvas draws it.
+PICTURE = """([id, index]) => {
+  const fit = (picture, left, top, width, height, most = Infinity) => {
+    if (!picture.naturalWidth) return null;
+    const scale = Math.min(width / picture.naturalWidth, height / picture.naturalHeight, most);
+    const [w, h] = [picture.naturalWidth * scale, picture.naturalHeight * scale];
+    return [left + (width - w) / 2, top + (height - h) / 2, w, h];
+  };
+  const element = document.querySelectorAll(`[data-node-id="${id}"] img`)[index];
+  if (element) {
+    const frame = element.getBoundingClientRect();
+    return fit(element, frame.left, frame.top, frame.width, frame.height);
+  }
+  const node = app.graph.getNodeById(id), picture = node.imgs?.[index];
+  if (!picture) return null;
+  const widget = node.widgets.find(({ name }) => name === "$$canvas-image-preview"), line = 15;
+  const alone = [0, widget.y, node.size[0], widget.computedHeight - line, 1];
+  const frame = node.imageIndex === null ? node.imageRects?.[index] : alone;
+  const inside = frame && fit(picture, ...frame);
+  if (!inside) return null;
+  const { ds, canvas } = app.canvas, corner = canvas.getBoundingClientRect(), [left, top, width, height] = inside;
+  return [corner.left + (node.pos[0] + left + ds.offset[0]) * ds.scale,
+          corner.top + (node.pos[1] + top + ds.offset[1]) * ds.scale, width * ds.scale, height * ds.scale];
+}"""
+STILL_PICTURE = f"""async ([wanted, patience]) => {{
+  const picture = {PICTURE}, end = performance.now() + patience;
+  while (performance.now() < end) {{
+    const before = picture(wanted);
+    for (let frame = 0; frame < 3; frame++) await new Promise(requestAnimationFrame);
+    if (before && JSON.stringify(before) === JSON.stringify(picture(wanted))) return before;
+  }}
+}}"""
+
+
+def find_chromium(playwright: Playwright) -> str | None:
+    """The system's Chromium or Chrome, else the one Playwright has downloaded."""
+    installed = next(filter(None, map(shutil.which, BROWSERS)), None)
+    own = playwright.chromium.executable_path
+    return installed or (own if Path(own).is_file() else None)
+
+
+class FrontEnd:
+    """One page with ComfyUI in it."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page = page
+        self.complaints: list[str] = []  # what went wrong in our own script
+        page.set_default_timeout(PATIENCE)
+        page.on("console", self._listen)
+        page.on("pageerror", lambda error: self._complain(f"{error}\n{error.stack or ''}"))
+        page.route(
+            re.compile(r"/templates/index[^/]*\.json"), lambda route: route.fulfill(json=[])
+        )  # hundreds, none of them ours
+        page.goto(url)
+        self._wait_until_ready()
+
+    def _wait_until_ready(self) -> None:
+        self.page.wait_for_function(READY)
+        self.page.evaluate(FOLLOW_RUNS)
+
+    def clear(self) -> None:
+        """Start again where something covers the canvas: each kind of box closes in another way in every front end."""
+        if self.page.locator("[role=dialog], .p-dialog-mask").count():
+            self.page.reload()
+            self._wait_until_ready()
+
+    def _listen(self, message: ConsoleMessage) -> None:
+        self._complain(f"{message.text} ({message.location.get('url', '')})")
+
+    def _complain(self, text: str) -> None:
+        """Keep what is ours: the front end itself logs much, such as every help page that is not there in the user's language."""
+        if "Fovea:" in text or re.search(r"/extensions/fovea[^ ]*\.js", text):
+            self.complaints.append(text)
+
+    @property
+    def version(self) -> str:
+        return self.page.evaluate("__COMFYUI_FRONTEND_VERSION__")
+
+    # -- workflows
+
+    def open(self, workflow: dict[str, Any]) -> None:
+        """Load a workflow as if its file had been dropped on the canvas."""
+        self.page.evaluate("async (workflow) => { await app.loadGraphData(workflow); }", workflow)
+
+    def open_template(self, name: str) -> None:
+        """Choose a template in the template browser, once its thumbnail is there."""
+        self.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        dialog = self.page.get_by_role("dialog")
+        dialog.get_by_placeholder("Search").fill(name)
+        card = dialog.get_by_test_id(f"template-workflow-{name}")
+        self.page.wait_for_function("(thumbnail) => thumbnail.naturalWidth > 0", arg=card.locator("img").first.element_handle())
+        card.click()
+        dialog.wait_for(state="detached")
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Type, id, and whether the front end knows the type, of every node in the open workflow."""
+        known = "known: type in LiteGraph.registered_node_types"
+        return self.page.evaluate(f"() => app.graph.nodes.map(({{ id, type }}) => ({{ id: String(id), type, {known} }}))")
+
+    def prompt(self) -> dict[str, Any]:
+        """The open workflow in the form in which the front end would queue it."""
+        return json.loads(self.page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)"))
+
+    def set_widget(self, node: str, name: str, value: Any) -> None:
+        self.page.evaluate(
+            "([id, name, value]) => { app.graph.getNodeById(id).widgets.find((widget) => widget.name === name).value = value; }",
+            [node, name, value],
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Press Run and wait for the end; returns the server's last message about it."""
+        before = self.page.evaluate("foveaRuns.length")
+        self.page.get_by_test_id("queue-button").click()
+        self.page.wait_for_function("(before) => foveaRuns.length > before", arg=before)
+        return self.page.evaluate("foveaRuns.at(-1)")
+
+    def node(self, kind: str) -> str:
+        """The id of the first node of a kind."""
+        return next(node["id"] for node in self.nodes() if node["type"] == kind)
+
+    # -- looking and pointing
+
+    def draw_nodes_on_page(self, wanted: bool) -> None:
+        """Draw nodes as page elements ("Nodes 2.0"), or on the canvas."""
+        self.page.evaluate("async (on) => { await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on); }", wanted)
+
+    def centre(self, node: str, scale: float = 1.0) -> None:
+        self.page.evaluate(CENTRE, [node, scale])
+
+    def picture(self, node: str, index: int = 0) -> tuple[float, float, float, float]:
+        """Left, top, width and height of a node's picture in the window, once it has settled there."""
+        frame = self.page.evaluate(STILL_PICTURE, [[node, index], PATIENCE])
+        assert frame, f"node {node} shows no picture {index}"
+        return tuple(frame)
+
+    @property
+    def read_out(self) -> Locator:
+        """The box that our script shows."""
+        return self.page.locator(".fovea-words")
+
+    def words_at(self, x: float, y: float) -> list[tuple[str, float]]:
+        """Point at a place of the window; the words in the read-out and their shares in percent, in its order."""
+        self.page.mouse.move(x, y)
+        self.read_out.wait_for(state="visible")
+        cells = "(box) => [...box.children].map((row) => [...row.children].map((cell) => cell.textContent))"
+        return [(row[0], float(row[2].removesuffix(" %"))) for row in self.read_out.evaluate(cells) if row]
+
+    # -- finding
+
+    def search(self, term: str) -> Locator:
+        """Type into the node search; returns the results."""
+        box = self.page.get_by_placeholder(re.compile("Add a node|Search Nodes"))
+        if not box.count():
+            self.page.evaluate("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+        results = self.page.get_by_role("option")
+        box.fill("qqxxzz")  # the results of an earlier search go away
+        expect(results.filter(has_text="Fovea")).to_have_count(0)
+        box.fill(term)
+        return results
+
+    def open_help(self, kind: str) -> None:
+        """Select a new node, and press the button above it that opens its help."""
+        self.page.evaluate(SELECT_NEW, kind)
+        self.page.get_by_test_id("info-button").first.click()

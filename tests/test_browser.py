@@ -1,0 +1,225 @@
+"""The pack in ComfyUI's real front end: a headless Chromium opens, runs, points, searches and reads help like a person."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import environment
+import front_end
+import numpy as np
+import pytest
+import workflow_files
+from front_end import FrontEnd
+from host_server import HostServer, Picture
+from PIL import Image
+from playwright.sync_api import Route, expect, sync_playwright
+
+pytestmark = pytest.mark.server
+
+MAPS = workflow_files.FOLDER / "Attention maps - where each word looks.json"
+HELP = environment.ROOT / "web" / "docs"
+HTML = "<img src=x onerror=window.__pwned=1>"
+
+# What people type, and the node they are after. A host without `search_aliases` only looks at names.
+SEARCHES = {
+    "speed": "T-GATE Cache",
+    "missing subject": "Attend-and-Excite Guider",
+    "faster": "T-GATE Cache",
+    "style transfer": "Attention Distillation Sampler",
+    "cache": "T-GATE Cache",
+    "neglect": "Attend-and-Excite Guider",
+    "t-gate": "T-GATE Cache",
+    "attention map": "Attention Map Preview",
+    "heat map": "Capture Attention Maps",
+    "daam": "Attention Map Preview",
+}
+IN_NAMES = {"cache", "t-gate", "attention map"}
+
+
+@pytest.fixture(scope="module")
+def page_of_host(server: HostServer) -> Iterator[FrontEnd]:
+    """The front end in a browser, for all tests here: to start them takes longer than most of these tests."""
+    server.request("/settings", {"Comfy.TutorialCompleted": True})  # else a first visit opens the template browser
+    with sync_playwright() as playwright:
+        chromium = front_end.find_chromium(playwright)
+        if chromium is None:
+            pytest.skip("no Chromium: `apt install chromium`, install Google Chrome, or `python -m playwright install chromium`")
+        with playwright.chromium.launch(executable_path=chromium, chromium_sandbox=False, args=front_end.FLAGS) as browser:
+            yield FrontEnd(browser.new_page(viewport={"width": 1500, "height": 1000}), server.url)
+
+
+@pytest.fixture
+def ui(page_of_host: FrontEnd) -> Iterator[FrontEnd]:
+    """The front end with nothing open above the canvas. Whatever a test does, our script must not complain."""
+    page_of_host.clear()
+    yield page_of_host
+    assert page_of_host.complaints == []
+
+
+@pytest.fixture(scope="module")
+def our_nodes(object_info: dict[str, Any]) -> list[str]:
+    return [kind for kind, info in object_info.items() if info["python_module"].endswith("fovea-attention")]
+
+
+def test_it_is_the_front_end_of_this_host(ui: FrontEnd, host_path: Path) -> None:
+    """Unless there is only the one that is installed: a host whose front end was not fetched is tested with that."""
+    if environment.front_end_arguments(host_path):
+        assert ui.version == environment.front_end_version(host_path)
+
+
+@pytest.mark.parametrize("path", workflow_files.shipped(), ids=lambda path: path.stem)
+def test_templates_open(path: Path, ui: FrontEnd, object_info: dict[str, Any]) -> None:
+    """From the template browser, whole, and as what comfy-cli takes them for in all other tests."""
+    ui.open_template(path.stem)
+    workflow = workflow_files.load(path)
+    assert sorted(node["type"] for node in ui.nodes()) == sorted(node["type"] for node in workflow["nodes"])
+    assert [node for node in ui.nodes() if not node["known"]] == []
+    queued, converted = ui.prompt(), workflow_files.convert(workflow, object_info)
+    assert {node: entry["inputs"] for node, entry in queued.items()} == {
+        node: entry["inputs"] for node, entry in converted.items()
+    }
+
+
+def test_widgets_survive_saving_and_loading(ui: FrontEnd, our_nodes: list[str]) -> None:
+    """Every widget of every node of ours gets a value that is not its default."""
+    changed = ui.page.evaluate(CHANGE_EVERY_WIDGET, our_nodes)
+    assert set(changed) == set(our_nodes)
+    saved = ui.page.evaluate("() => JSON.stringify(app.graph.serialize())")
+    ui.page.evaluate("() => app.graph.clear()")
+    ui.open(json.loads(saved))
+    assert ui.page.evaluate(WIDGETS_BY_NODE) == changed
+
+
+CHANGE_EVERY_WIDGET = """(kinds) => {
+  app.graph.clear();
+  const other = ({ type, value, options }) => {
+    if (typeof value === "boolean") return !value;
+    if (typeof value === "number") return value < options.max ? value + (options.step2 ?? 1) : options.min;
+    return options.values ? options.values.at(-1) : "0.5:0.25, [a] \\\\[b\\\\]\\n<c>";
+  };
+  const changed = {};
+  for (const kind of kinds) {
+    const node = LiteGraph.createNode(kind);
+    app.graph.add(node);
+    for (const widget of node.widgets ?? []) if (widget.type !== "button") widget.value = other(widget);
+    changed[kind] = (node.widgets ?? []).map(({ name, value }) => [name, value]);
+  }
+  return changed;
+}"""
+WIDGETS_BY_NODE = """() => Object.fromEntries(
+  app.graph.nodes.map(({ type, widgets }) => [type, (widgets ?? []).map(({ name, value }) => [name, value])]))"""
+
+
+# ------------------------------------------------------------------------------------------ attention maps
+
+
+def places(server: HostServer, run: dict[str, Any], node: str) -> dict[str, tuple[float, float]]:
+    """Where the red and the blue thing are in the picture that a node showed, as fractions of its sides."""
+    image = server.get(f"/history/{run['prompt_id']}")[run["prompt_id"]]["outputs"][node]["images"][0]
+    data = server.fetch(Picture(node, image["filename"], image["subfolder"], image["type"]))
+    with Image.open(io.BytesIO(data)) as opened:
+        pixels = np.asarray(opened.convert("RGB"), dtype=np.float32)
+    found = {}
+    for name, channel in (("red", 0), ("blue", 2)):
+        rows, columns = np.nonzero(pixels[..., channel] > 100 + np.delete(pixels, channel, axis=2).max(axis=2))
+        found[name] = (columns.mean() / pixels.shape[1], rows.mean() / pixels.shape[0])
+    return found
+
+
+@pytest.mark.parametrize("on_page", [False, True], ids=["nodes on the canvas", "nodes on the page"])
+def test_pointing_at_a_preview_ranks_the_words(on_page: bool, ui: FrontEnd, server: HostServer) -> None:
+    """The shipped workflow, run by its button: the words of what is under the pointer come first, on every picture."""
+    ui.draw_nodes_on_page(on_page)
+    try:
+        ui.open(workflow_files.load(MAPS))
+        run = ui.run()
+        assert run["kind"] == "execution_success"
+        where = places(server, run, ui.node("PreviewImage"))
+        overlay, segments = [node["id"] for node in ui.nodes() if node["type"] == "AttnMapPreview"][:2]
+        second = [] if on_page else [(overlay, 1)]  # some front ends show one picture at a time there
+        for node, index in ((overlay, 0), *second, (segments, 0)):
+            ui.centre(node)
+            left, top, width, _ = ui.picture(node, index)
+            for name, others in (("red", ("blue", "square")), ("blue", ("red", "circle"))):
+                x, y = where[name]
+                ranked = ui.words_at(left + x * width, top + y * width)  # square panels, with a legend below
+                words, shares = zip(*ranked, strict=True)
+                assert set(words) == {"a", "red", "circle", "and", "blue", "square"}
+                assert list(shares) == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.5
+                assert words.index(name) < min(map(words.index, others)), (node, index, ranked)
+                expect(ui.read_out).to_contain_text(f"attention at {x:.2f}, {y:.2f}")
+            ui.page.mouse.move(left - 12, top - 12)
+            expect(ui.read_out).to_be_hidden()
+        x, y = left + x * width, top + y * width
+        ui.page.mouse.click(x, y)
+        expect(ui.read_out).to_be_visible()
+    finally:
+        ui.draw_nodes_on_page(False)
+
+
+def test_html_in_a_prompt_is_text(ui: FrontEnd) -> None:
+    """Punctuation ends a word today, so the file of words is also changed on its way to hold the whole tag."""
+
+    def hostile(route: Route) -> None:
+        answer = route.fetch()
+        content = answer.json()
+        assert "onerror" in content["words"]
+        route.fulfill(response=answer, json={**content, "words": [HTML] * len(content["words"])})
+
+    ui.open(workflow_files.load(MAPS))
+    ui.set_widget(ui.node("FoveaPrompt"), "text", f"a red circle and {HTML}")
+    ui.set_widget(ui.node("KSampler"), "steps", 2)
+    ui.page.route("**/view?*fovea_words*", hostile)
+    try:
+        assert ui.run()["kind"] == "execution_success"
+        node = ui.node("AttnMapPreview")
+        ui.centre(node)
+        left, top, width, height = ui.picture(node)
+        assert {word for word, _ in ui.words_at(left + width / 2, top + height / 2)} == {HTML}
+        assert ui.read_out.locator("*:not(div)").count() == 0
+        assert ui.page.evaluate("window.__pwned") is None
+    finally:
+        ui.page.unroute("**/view?*fovea_words*", hostile)
+
+
+# ------------------------------------------------------------------------------------------ errors, search, help
+
+
+# The names of the frames that are drawn around a node now.
+FRAMES = """(id) => {
+  const node = app.graph.getNodeById(id);
+  return Object.keys(node.strokeStyles).filter((name) => node.strokeStyles[name].call(node));
+}"""
+
+
+def test_a_wrong_word_is_said_on_its_node(ui: FrontEnd) -> None:
+    ui.open(workflow_files.load(MAPS))
+    node = ui.node("AttnMapPreview")
+    ui.set_widget(node, "words", "dog")
+    run = ui.run()
+    assert (run["kind"], run["node_id"]) == ("execution_error", node)
+    assert "executionError" in ui.page.evaluate(FRAMES, node)
+    details = ui.page.get_by_role("button", name="View details")  # newer front ends show the message on demand
+    message = ui.page.get_by_text("words: 'dog' is not in the prompt. Words in the prompt: a, red, circle")
+    expect(details.or_(message).first).to_be_visible()
+    if details.count():
+        details.first.click()
+    expect(message.first).to_be_visible()
+
+
+def test_nodes_are_found_by_what_people_type(ui: FrontEnd, object_info: dict[str, Any]) -> None:
+    aliases = "search_aliases" in object_info["TGateCache"]
+    for term in SEARCHES if aliases else sorted(IN_NAMES):
+        expect(ui.search(term).filter(has_text=SEARCHES[term]).first).to_be_visible()
+
+
+def test_help_pages_open(ui: FrontEnd, our_nodes: list[str]) -> None:
+    """The button that appears above a selected node."""
+    for kind in our_nodes:
+        title = (HELP / f"{kind}.md").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        ui.open_help(kind)
+        expect(ui.page.get_by_role("heading", name=title, exact=True, level=1)).to_be_visible()
