@@ -1,4 +1,4 @@
-"""The developer commands: `python dev demo`, `test`, `eval`, `bench NAME`, `matrix`, `api` and `env`.
+"""The developer commands: `python dev demo`, `test`, `eval`, `bench NAME`, `matrix`, `soak`, `api` and `env`.
 
 Any Python 3.10 or newer can start them. It makes the environment they need, then hands over to that environment's
 Python: the same command again, with `FOVEA_INSIDE` set and `COMFYUI_PATH` naming the host. Started this way, the folder
@@ -36,11 +36,13 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = commands.add_parser
     demo.add_arguments(add("demo", parents=[host], help="run a shipped workflow on a real ComfyUI with the embedded model"))
-    add("test", parents=[host], help="run every check on every pinned ComfyUI; what follows -- goes to pytest")
+    test = add("test", parents=[host], help="run every check on the newest and oldest ComfyUI; what follows -- goes to pytest")
+    test.add_argument("--host", metavar="VERSION", help="on this pinned ComfyUI, or on 'all' of them")
     add("eval", parents=[host], add_help=False, help="measure the embedded model, or a technique on it: eval [NAME]; eval --help")
     bench = add("bench", parents=[host], add_help=False, help="measure speed and memory; bench NAME --help")
     bench.add_argument("name", choices=benchmarks(), metavar="NAME", help=f"one of: {', '.join(benchmarks())}")
     add("matrix", parents=[host], add_help=False, help="what every node does on every family of models; matrix --help")
+    add("soak", parents=[host], add_help=False, help="hundreds of prompts on one server: does anything grow? soak --help")
     add("api", parents=[host], add_help=False, help="does a ComfyUI have every name that the pack uses? api --help")
     add("env", parents=[host], help="only make the environment and the hosts, and say where they are")
     return parser
@@ -52,13 +54,15 @@ def benchmarks() -> list[str]:
 
 
 def prepare(arguments: argparse.Namespace) -> environment.Environment:
-    """Somebody's own ComfyUI when one is named, else the pinned ones: all for the tests, the newest for the rest."""
+    """Somebody's own ComfyUI when one is named, else pinned ones: several for the tests, the newest for the rest."""
     comfyui = arguments.comfyui or os.environ.get("COMFYUI_PATH")
     if comfyui:
         return environment.existing(Path(comfyui), arguments.python)
     if arguments.python:
         raise SetupError("--python goes with --comfyui: without it, this makes its own Python")
-    return environment.ensure(host_archives.HOSTS if arguments.command in ("test", "env") else host_archives.HOSTS[:1])
+    if arguments.command in ("test", "env"):
+        return environment.ensure(host_archives.chosen_hosts(getattr(arguments, "host", None)))
+    return environment.ensure(host_archives.HOSTS[:1])
 
 
 def hand_over(made: environment.Environment, rest: list[str]) -> int:
@@ -85,7 +89,7 @@ def run_inside(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.command == "eval":
         script, rest = evaluation(rest)
         return run_script(script, rest)
-    scripts = {"matrix": "matrix.py", "api": "host_api.py"}
+    scripts = {"matrix": "matrix.py", "api": "host_api.py", "soak": "soak.py"}
     if arguments.command in scripts:
         return run_script(environment.DEV / scripts[arguments.command], rest)
     return run_script(environment.DEV / "bench" / f"{arguments.name}.py", rest)

@@ -250,7 +250,7 @@ def environment_works(python: Path) -> bool:
 
 
 def ensure(pins: tuple[HostPin, ...] = HOSTS) -> Environment:
-    """Make or reuse the environment and the hosts of `pins`."""
+    """Make or reuse the environment, which is the newest host's, and the hosts of `pins`."""
     base = home()
     venv = base / "venv"
     with only_one(base):
@@ -269,20 +269,21 @@ def ensure(pins: tuple[HostPin, ...] = HOSTS) -> Environment:
 
 def _ensure_once(base: Path, pins: tuple[HostPin, ...]) -> Environment | None:
     """One pass over all stages; None when the finished environment turns out not to work."""
-    stages, log, venv = Stages(len(pins) + 3), base / "log", Venv(base / "venv")
+    every = dict.fromkeys((HOSTS[0], *pins))
+    stages, log, venv = Stages(len(every) + 3), base / "log", Venv(base / "venv")
     with stages.stage(f"Python {sys.version_info[0]}.{sys.version_info[1]} environment") as close:
         fingerprint = python_fingerprint()
         if venv.is_usable(fingerprint):
             close("ready")
         else:
             venv.create(fingerprint, log / "venv.log")
-    hosts: list[Path] = []
-    for pin in pins:
+    hosts: dict[HostPin, Path] = {}
+    for pin in every:
         with stages.stage(f"ComfyUI {pin.version}") as close:
             folder, ready = ensure_host(pin, base, lambda pin, to: pip_download(venv.python, pin, to, log / "download.log"))
-            if hosts and front_end_version(folder) != front_end_version(hosts[0]):  # the newest has the environment's
+            if hosts and front_end_version(folder) != front_end_version(hosts[HOSTS[0]]):
                 ready = ensure_front_end(venv.python, folder, log / "front-end.log") and ready
-            hosts.append(folder)
+            hosts[pin] = folder
             if ready:
                 close("ready")
     with stages.stage(" ".join(TORCH[0].split("=="))) as close:
@@ -292,12 +293,13 @@ def _ensure_once(base: Path, pins: tuple[HostPin, ...]) -> Environment | None:
             with venv.working_on("torch", _fingerprint(*TORCH)):
                 pip(venv.python, "install", *TORCH, log=log / "torch.log")
     with stages.stage("ComfyUI's packages and the developer tools") as close:
-        if venv.has("packages", packages_fingerprint(hosts[0])):
+        newest = hosts[HOSTS[0]]
+        if venv.has("packages", packages_fingerprint(newest)):
             close("ready")
         else:
-            with venv.working_on("packages", packages_fingerprint(hosts[0])):
-                install_packages(venv.python, hosts[0], log / "packages.log")
-        return Environment(venv.python, tuple(hosts)) if environment_works(venv.python) else None
+            with venv.working_on("packages", packages_fingerprint(newest)):
+                install_packages(venv.python, newest, log / "packages.log")
+        return Environment(venv.python, tuple(hosts[pin] for pin in pins)) if environment_works(venv.python) else None
 
 
 # ---------------------------------------------------------------- somebody's own ComfyUI

@@ -259,6 +259,7 @@ def test_a_broken_environment_is_made_again(
     (tmp_path / "downloads").mkdir()
     archive.rename(tmp_path / "downloads" / archive.name)
     pin = make_pin(tmp_path / "downloads" / archive.name)
+    monkeypatch.setattr(environment, "HOSTS", (pin,))
 
     made = environment.ensure((pin,))
     assert made == environment.Environment(environment.venv_python(tmp_path / "venv"), (tmp_path / "hosts" / VERSION,))
@@ -272,6 +273,15 @@ def test_a_broken_environment_is_made_again(
     assert "is broken; making it again" in printed
     assert printed.count("ready") == 5, printed  # 4 before the check failed, and the host once more
     assert not mark.exists() and pip_calls == ["install"] * 6
+
+
+def test_hosts_are_chosen_by_version() -> None:
+    versions = [pin.version for pin in host_archives.chosen_hosts("all")]
+    assert versions == ["0.30.0", "0.16.3", "0.3.75"]
+    assert [pin.version for pin in host_archives.chosen_hosts(None)] == [versions[0], versions[-1]]
+    assert [pin.version for pin in host_archives.chosen_hosts("0.16.3")] == ["0.16.3"]
+    with pytest.raises(SetupError, match="no pinned ComfyUI 0.17"):
+        host_archives.chosen_hosts("0.17")
 
 
 def test_a_host_keeps_its_own_front_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

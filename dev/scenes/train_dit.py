@@ -114,6 +114,10 @@ class Trainer:
     """The network, its optimiser and its averaged weights."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        from scenes.network import use_plain_attention
+
+        if device.type == "cpu":
+            use_plain_attention()
         self.args, self.device = args, device
         self.network = make_network()
         state = torch.load(args.resume, map_location="cpu", weights_only=True) if args.resume else {}
