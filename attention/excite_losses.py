@@ -52,7 +52,7 @@ class LossSettings:
     def __post_init__(self) -> None:
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size is {self.kernel_size}: a kernel has a middle, so use 1, 3, 5, ... (paper: 3).")
-        if self.smoothing and not self.sigma > 0:
+        if self.smoothing and not 0 < self.sigma < math.inf:
             raise ValueError(f"sigma is {self.sigma}: it is the width of the smoothing, above 0 (paper: 0.5). To leave smoothing "
                              "out, switch 'smoothing' off.")  # fmt: skip
         for name in ("overlap", "self_overlap"):
