@@ -18,7 +18,6 @@ from typing import Any
 
 import comfy.utils
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from .dit import Conditioning, DiT, heads_of, position_table
@@ -123,7 +122,9 @@ def _read(path: str, name: str) -> tuple[Mapping[str, Any], Mapping[str, str] | 
             f"{name} holds more than weights ({code[1]}), and such a file could run code on this computer. It was not opened. "
             "Get the weights as .safetensors, or from a source that saves weights only."
         ) from error
-    except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # the readers raise whatever the damage leads them to
         raise ValueError(f"{damaged} ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
     if not isinstance(tree, Mapping):
         raise ValueError(f"{name} is not a DiT: it holds a {type(tree).__name__} and no named weights. {_WHERE_ELSE}")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tiny_text
 import torch
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 from test_attn_files import files, maps
@@ -24,7 +24,7 @@ from tiny_unet import sample, small_model
 __all__ = ["files", "maps"]
 
 CHEAP = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-COSTLY = settings(CHEAP, max_examples=12)
+COSTLY = settings(CHEAP, max_examples=12, phases=[Phase.generate])  # finding the smallest example would take minutes
 
 WILD = st.one_of(
     st.text(max_size=60),
@@ -302,7 +302,7 @@ def test_no_prefix_leaves_the_output_folder(files: Any, tmp_path: Path) -> None:
 def test_runs_end_with_a_picture(node_classes: Any, data: st.DataObject) -> None:
     """Any steps, gate, intervals, size and batch, with T-GATE and capture on one model."""
     steps = data.draw(st.integers(1, 6), "steps")
-    size = (data.draw(st.integers(1, 6), "height") * 2, data.draw(st.integers(1, 6), "width") * 2)
+    size = (data.draw(st.integers(2, 6), "height") * 2, data.draw(st.integers(2, 6), "width") * 2)
     model = node_classes["TGateCache"].execute(
         small_model(),
         gate_at=data.draw(st.sampled_from([1e-6, 0.2, 0.5, 0.99, 1.0]), "gate_at"),
