@@ -101,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of the first row here")
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args(argv)
+    if not args.checkpoint.is_file():
+        raise SystemExit(f"{args.checkpoint} is not there: train it with scenes.train_dit, or name another with --checkpoint.")
     start_host()
     import comfy.utils
 
