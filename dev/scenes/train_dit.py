@@ -15,6 +15,7 @@ import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from host_inprocess import ROOT, load_pack, start_host
@@ -25,7 +26,7 @@ from scenes import draw
 
 CHECKPOINT = Path(__file__).resolve().parent / "fovea-scenes-dit.safetensors"
 STATE = ROOT / ".fovea" / "scenes-dit.pt"
-NETWORK = {"depth": 6, "width": 192, "heads": 3, "patch_size": 4, "in_channels": 3, "out_channels": 3}
+NETWORK: dict[str, Any] = {"depth": 6, "width": 192, "heads": 3, "patch_size": 4, "in_channels": 3, "out_channels": 3}
 EMA_DECAY, LABEL_DROPOUT, CLIP_NORM, WARM_UP_STEPS = 0.999, 0.1, 1.0, 150
 SAVE_EVERY, LOG_EVERY = 120.0, 30.0  # seconds
 LONGEST_STEP = 20.0  # seconds; more means that the process was stopped for a while, which does not count
@@ -60,14 +61,14 @@ class PartedLabels(nn.Module):
         return self.embedding.weight.detach()[self.parts].sum(1)
 
 
-def make_network() -> nn.Module:
+def make_network() -> Any:
     """The paper's network with its initial values: every block starts as the identity. Labels in parts."""
     import comfy.ops
 
     load_pack()
     from fovea_attention.attention.dit import DiT
 
-    network = DiT(**NETWORK, classes=NULL, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    network: Any = DiT(**NETWORK, classes=NULL, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
     for part in network.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(part.weight.view(len(part.weight), -1))
