@@ -426,7 +426,8 @@ class CaptureRun:
             self.note(f"maps were lowered to at most {self.side} x {self.side} to stay within {self.settings.max_memory_mb} MB")
         self._note_missed()
         with torch.inference_mode(False), torch.no_grad():
-            prompts = [self._prompt_maps(track) for track in tracks]
+            fit = self._resized_bytes() <= self.limit
+            prompts = [self._prompt_maps(track, fit) for track in tracks]
         whole = [maps.grid for maps in prompts if maps.area is None] or [maps.grid for maps in prompts] or [(1, 1, 1)]
         sums: list[LayerSum | SelfSum] = []
         for track in tracks:
@@ -446,11 +447,12 @@ class CaptureRun:
         filled = (track for track in self.tracks.values() if track.layers or track.self_sums)
         return sorted(filled, key=lambda track: order.get(track.prompt, 2))
 
-    def _prompt_maps(self, track: Track) -> PromptMaps:
+    def _prompt_maps(self, track: Track, resized_fit: bool) -> PromptMaps:
         grid = track.finest if track.layers else max(track.self_sums, key=lambda grid: grid[1] * grid[2])
         names = sorted(track.layers, key=self.order.index)
-        fit = self._resized_bytes() <= self.limit
-        layers = {name: LayerMaps(layer.heads, self._final(layer, grid, fit)) for name in names if (layer := track.layers[name])}
+        layers = {
+            name: LayerMaps(layer.heads, self._final(layer, grid, resized_fit)) for name in names if (layer := track.layers[name])
+        }
         tokens = {layer.maps.shape[2] for layer in layers.values()}
         figures = None
         if track.figures:

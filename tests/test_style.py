@@ -98,8 +98,8 @@ def test_injected_keys_and_values_are_the_references(setup):
         sigmas = setup.run(setup.model, [""], 0, 4)["sigmas"][:2]
 
         def first_step(model, noise, positive):
-            guider = setup.core("CFGGuider", model=model, positive=positive, negative=null, cfg=1.0)
-            sampler = setup.core("KSamplerSelect", sampler_name="euler")
+            guider = evaluate.sampling_node("CFGGuider", model=model, positive=positive, negative=null, cfg=1.0)
+            sampler = evaluate.sampling_node("KSamplerSelect", sampler_name="euler")
             return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=0)
 
         prompt = evaluate.encode(setup.clip, ["a red circle"])

@@ -31,7 +31,7 @@ import torch
 from host_inprocess import ROOT, load_pack, pack_nodes, start_host
 from torch import Tensor
 
-from bench.measure import Timings, machine, now, ratios, table, take_turns
+from bench.measure import Timings, machine, now, publish, ratios, table, take_turns
 from bench.memory import AllocatedMemory, HeldTensors
 from bench.models import CPU, SD15, TINY, TOKENS, Shape, Target, add_dtype_argument, host_unet, random_tensor
 
@@ -323,10 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     target = Target.here(args.dtype)
     shape, size, steps = (TINY, 128, 4) if args.tiny else (SD15, 512, 6) if target.on_gpu else (SD15, 256, 4)
     written = report(Case(shape, args.size or size, args.steps or steps, args.iterations), args.pairs, target)
-    print(f"\n{written}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(written + "\n")
+    publish(written, args.out)
 
 
 if __name__ == "__main__":

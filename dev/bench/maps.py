@@ -24,7 +24,7 @@ import torch
 from host_inprocess import load_pack, pack_nodes, start_host
 from scenes import evaluate
 
-from bench.measure import Run, Timings, machine, memory_name, ratios, table, take_turns
+from bench.measure import Run, Timings, machine, memory_name, publish, ratios, table, take_turns
 from bench.memory import bytes_of
 from bench.models import (
     CPU,
@@ -195,10 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     unet, _ = unet_part(shape, args.size or size, args.steps or steps, args.pairs, args.daam, target)
     embedded, _ = embedded_part(2 if args.tiny else EMBEDDED_STEPS, args.pairs)
     written = "\n\n".join([f"## Attention maps\n\nMeasured on: {machine(target)}.", unet, embedded])
-    print(f"\n{written}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(written + "\n")
+    publish(written, args.out)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -126,6 +127,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def memory_name(device: torch.device) -> str:
     """What the memory of ``take_turns`` is."""
     return "resident" if device.type == "cpu" else "allocated on the GPU"
+
+
+def publish(report: str, out: Path | None) -> None:
+    """Print a benchmark's report, and write it where ``--out`` says."""
+    print(f"\n{report}")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(report + "\n")
 
 
 def machine(target: Target) -> str:

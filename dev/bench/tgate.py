@@ -23,7 +23,7 @@ import torch
 from host_inprocess import load_pack, pack_nodes, start_host
 from scenes import evaluate
 
-from bench.measure import machine, memory_name, multiply_accumulates, ratios, table, take_turns
+from bench.measure import machine, memory_name, multiply_accumulates, publish, ratios, table, take_turns
 from bench.models import SHAPES, Target, add_dtype_argument, add_shape_arguments, host_unet, precision_of, sampler, tiny
 
 PUBLISHED = "drop (keep negative, as published)"
@@ -242,10 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     comfy.utils.PROGRESS_BAR_ENABLED = False
     fill_in(args)
     report = "\n\n".join([f"## T-GATE\n\nMeasured on: {machine(args.target)}.", *(PARTS[part](args) for part in args.parts)])
-    print(f"\n{report}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(report + "\n")
+    publish(report, args.out)
 
 
 if __name__ == "__main__":

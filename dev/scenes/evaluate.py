@@ -64,6 +64,14 @@ def host_node(name: str) -> Callable[..., tuple]:
     return getattr(node, node.FUNCTION)
 
 
+def sampling_node(name: str, **inputs: Any) -> Any:
+    """First output of a core node of custom sampling, by its class's name; the hosts define them in two ways."""
+    from comfy_extras import nodes_custom_sampler
+
+    node = getattr(nodes_custom_sampler, name)
+    return (node.execute(**inputs) if hasattr(node, "execute") else getattr(node(), node.FUNCTION)(**inputs))[0]
+
+
 def load(checkpoint: Path = CHECKPOINT) -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE of the embedded model through CheckpointLoaderSimple."""
     import folder_paths
@@ -220,6 +228,11 @@ def show(figures: dict[str, dict[str, Any]]) -> None:
         print(f"  {name}: {value['share']:.3f} ({value['low']:.3f} to {value['high']:.3f}; {hits})", flush=True)
 
 
+def write_json(path: Path, figures: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1))
+
+
 def sheet(pictures: Tensor, path: Path, columns: int = 8, side: int = 128) -> None:
     """Save a contact sheet; the order is that of the prompts, row by row."""
     from PIL import Image
@@ -272,8 +285,7 @@ def main(argv: list[str] | None = None) -> None:
             for prompt, found in zip(chosen, findings, strict=True)
         ]
         report = {**sampling, "objects": args.objects, "figures": figures, "seconds_per_picture": seconds}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**report, "pictures": pictures_found}, indent=1))
+        write_json(args.json, {**report, "pictures": pictures_found})
 
 
 if __name__ == "__main__":

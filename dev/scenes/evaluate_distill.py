@@ -14,7 +14,6 @@ in a plain run, with the reference's keys and values in place of the picture's o
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from host_inprocess import load_pack, pack_nodes, start_host
 from torch import Tensor
 
 from scenes import draw, evaluate
-from scenes.evaluate import Prompt, host_node
+from scenes.evaluate import Prompt, host_node, sampling_node
 from scenes.style import Distance, Style, distance, style
 
 GROUPS = (*draw.PATTERNS, *draw.STYLES)
@@ -154,23 +153,16 @@ class Setup:
     cfg: float = 5.0
     seed: int = 0
 
-    def core(self, name: str, **inputs: Any) -> Any:
-        from comfy_extras import nodes_custom_sampler
-
-        node = getattr(nodes_custom_sampler, name)
-        found = node.execute(**inputs) if hasattr(node, "execute") else getattr(node(), node.FUNCTION)(**inputs)
-        return found[0]
-
     def run(self, model: Any, texts: Sequence[str], start: int, steps: int) -> dict[str, Any]:
         """Inputs of SamplerCustomAdvanced for pictures number ``start`` and on."""
         latent = host_node("EmptyLatentImage")(width=evaluate.SIDE, height=evaluate.SIDE, batch_size=len(texts))[0]
         latent["batch_index"] = list(range(start, start + len(texts)))
         prompts = {"positive": evaluate.encode(self.clip, texts), "negative": evaluate.encode(self.clip, [""])}
         return {
-            "noise": self.core("RandomNoise", noise_seed=self.seed),
-            "guider": self.core("CFGGuider", model=model, **prompts, cfg=self.cfg),
-            "sampler": self.core("KSamplerSelect", sampler_name="euler"),
-            "sigmas": self.core("BasicScheduler", model=model, scheduler="ddim_uniform", steps=steps, denoise=1.0),
+            "noise": sampling_node("RandomNoise", noise_seed=self.seed),
+            "guider": sampling_node("CFGGuider", model=model, **prompts, cfg=self.cfg),
+            "sampler": sampling_node("KSamplerSelect", sampler_name="euler"),
+            "sigmas": sampling_node("BasicScheduler", model=model, scheduler="ddim_uniform", steps=steps, denoise=1.0),
             "latent_image": latent,
         }
 
@@ -188,7 +180,7 @@ class Setup:
         if row in DISTILLED:
             execute = pack_nodes()["AttentionDistillSampler"].execute
             return self._decoded(execute(**run, **inputs, null_prompt=null, **DISTILLED[row]))
-        return self._decoded([self.core("SamplerCustomAdvanced", **run)])
+        return self._decoded([sampling_node("SamplerCustomAdvanced", **run)])
 
     @torch.inference_mode()
     def transferred(self, row: str, reference: Reference, contents: Tensor, start: int) -> Tensor:
@@ -358,8 +350,7 @@ def main(argv: list[str] | None = None) -> None:
             path = args.sheet.with_name(f"{args.sheet.stem}-{part}{args.sheet.suffix}")
             evaluate.sheet(pictures, path, columns=len(pictures) // args.pictures, side=96)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1))
+        evaluate.write_json(args.json, report)
 
 
 if __name__ == "__main__":

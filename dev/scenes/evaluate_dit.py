@@ -9,9 +9,7 @@ ddpm with the learned variance, T-GATE's self-attention intervals, and fewer ste
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +43,7 @@ def generate(
     model: Any, vae: Any, labels: list[int], *, steps: int, cfg: float, seed: int, sampler: str = "euler", batch: int = 16
 ) -> Tensor:
     """Pictures [N, 256, 256, 3] in 0..1. Picture number i always gets noise number i of ``seed``."""
-    from comfy_extras import nodes_custom_sampler as core
-
-    def run(name: str, **inputs: Any) -> Any:
-        node = getattr(core, name)
-        return (node.execute(**inputs) if hasattr(node, "execute") else getattr(node(), node.FUNCTION)(**inputs))[0]
-
+    run = evaluate.sampling_node
     chosen = pack_nodes()["DiTSampler"].execute()[0] if sampler == "ddpm" else run("KSamplerSelect", sampler_name=sampler)
     sigmas = run("BasicScheduler", model=model, scheduler="normal", steps=steps, denoise=1.0)
     pictures = []
@@ -113,9 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.pictures} pictures, {args.steps} steps, cfg {args.cfg:g}, seed {args.seed}")
     report: dict[str, Any] = {}
     plain: Tensor | None = None
-    wanted: Callable[[str], bool] = lambda name: not args.only or any(name.startswith(start) for start in args.only)  # noqa: E731
     for name, (patched, changed) in rows(model, args.steps).items():
-        if not wanted(name):
+        if args.only and not name.startswith(tuple(args.only)):
             continue
         began = time.perf_counter()
         pictures = generate(patched, vae, labels, **{**sampling, **changed})
@@ -132,8 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.sheet and plain is not None:
         evaluate.sheet(plain, args.sheet, columns=14, side=96)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**sampling, "rows": report}, indent=1))
+        evaluate.write_json(args.json, {**sampling, "rows": report})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Every run is a real ``SamplerCustomAdvanced``; pictures are judged by ``detect``
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,29 +54,24 @@ def generate(
     seed: int, batch: int = 16, mark: str = "both",
 ) -> tuple[Tensor, float]:  # fmt: skip
     """Pictures [N, 256, 256, 3] and the seconds that sampling took. Prompt number i gets noise number i of ``seed``."""
-    from comfy_extras import nodes_custom_sampler as core
-
     import nodes
 
-    def run(name: str, **inputs: Any) -> Any:
-        node = getattr(core, name)
-        return node.execute(**inputs) if hasattr(node, "execute") else getattr(node(), node.FUNCTION)(**inputs)
-
+    run = evaluate.sampling_node
     negative, pictures, seconds = evaluate.encode(clip, [""]), [], 0.0
-    sigmas = run("BasicScheduler", model=model, scheduler="normal", steps=steps, denoise=1.0)[0]
-    sampler = run("KSamplerSelect", sampler_name="euler")[0]
-    noise = run("RandomNoise", noise_seed=seed)[0]
+    sigmas = run("BasicScheduler", model=model, scheduler="normal", steps=steps, denoise=1.0)
+    sampler = run("KSamplerSelect", sampler_name="euler")
+    noise = run("RandomNoise", noise_seed=seed)
     for start in range(0, len(chosen), batch):
         part = chosen[start : start + batch]
         latent = nodes.EmptyLatentImage().generate(evaluate.SIDE, evaluate.SIDE, len(part))[0]
         latent["batch_index"] = list(range(start, start + len(part)))
         positive = marked_conditioning(clip, part, mark)
         if settings is None:
-            guider = run("CFGGuider", model=model, positive=positive, negative=negative, cfg=cfg)[0]
+            guider = run("CFGGuider", model=model, positive=positive, negative=negative, cfg=cfg)
         else:
             guider = pack_nodes()["AttendExciteGuider"].execute(model, positive, negative, cfg=cfg, **settings)[0]
         began = time.perf_counter()
-        sampled = run("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent)[0]
+        sampled = run("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent)
         seconds += time.perf_counter() - began
         for some in sampled["samples"].split(4):
             pictures.append(nodes.VAEDecode().decode(vae, {"samples": some})[0].float().cpu().clamp(0, 1))
@@ -130,8 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     sampling = {"steps": args.steps, "cfg": args.cfg, "seed": args.seed, "batch": args.batch, "mark": args.mark}
     report = compare(model, clip, vae, chosen, runs, **sampling)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**sampling, "objects": args.objects, "runs": report}, indent=1))
+        evaluate.write_json(args.json, {**sampling, "objects": args.objects, "runs": report})
 
 
 if __name__ == "__main__":

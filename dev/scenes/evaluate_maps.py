@@ -10,7 +10,6 @@ objects that were drawn right: intersection over union at threshold 0.4, and whe
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,8 +108,7 @@ def main(argv: list[str] | None = None) -> None:
                 flush=True,
             )
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1))
+        evaluate.write_json(args.json, report)
 
 
 if __name__ == "__main__":
