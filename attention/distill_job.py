@@ -97,10 +97,15 @@ def distilled_layers(network: torch.nn.Module, text: str = "") -> list[CaptureLa
             f"Attention Distillation does not know where {type(network).__name__} attends to the picture. It works with "
             "SD1.5, SD2, SDXL and Flux, and as an experiment with the other models that Capture Attention Maps can show."
         )
+    layout = network_layout(network)
+    if layout is not None and not layout.differentiable:
+        raise ValueError(
+            f"Attention Distillation cannot work with {type(network).__name__}: this model keeps keys and values between its "
+            "calls, so no gradient can be taken through it. Use another model."
+        )
     if text.strip():
         names = set(parse_layers(text, list(dict.fromkeys(layer.name for layer in layers))))
         return [layer for layer in layers if layer.name in names]
-    layout = network_layout(network)
     if layout is not None and layout.family == "U-Net":
         return [layer for layer in layers if layer.name.startswith("output")][-_UNET_LAYERS:]
     return layers[-max(round(len(layers) * _SHARE_OF_TRANSFORMER), _LEAST_LAYERS) :]

@@ -200,6 +200,11 @@ def check_network(network: torch.nn.Module) -> None:
             f"Attend-and-Excite cannot guide {type(network).__name__}: it is not known where this model looks at its text. "
             "Use a U-Net (SD1.5, SD2, SDXL), PixArt, HunyuanDiT, SD3, Flux, Lumina 2 or Qwen-Image model."
         )
+    if not layout.differentiable:
+        raise ValueError(
+            f"Attend-and-Excite cannot guide {type(network).__name__}: this model keeps keys and values between its calls, so "
+            "no gradient can be taken through it. Use another model."
+        )
     if not any(layer.kind in ("cross", "joint") for layer in capture_layers(network)):
         raise ValueError(
             f"Attend-and-Excite cannot guide {type(network).__name__}: this model has no attention to text (it draws classes, "

@@ -49,10 +49,11 @@ def joint_placement(context: CallContext, keys: int, queries: int, grid: Grid) -
     image = math.prod(grid)
     if keys == image:  # SD3.5 medium: a second attention of the picture alone
         return Placement(grid, slice(0, image), None, slice(0, image))
-    spans = context.layout.order(JointCall(keys, image, context.text, context.network, context.arguments))
+    spans = context.layout.order(JointCall(keys, queries, image, context.text, context.network, context.arguments))
     if spans is None or max(spans.text.stop, spans.image.stop) > keys or context.text == 0:
         return None
-    return Placement(grid, spans.image if queries == keys else slice(0, image), spans.text, spans.image, spans.again)
+    rows = spans.rows or (spans.image if queries == keys else slice(0, image))
+    return Placement(grid, rows, spans.text, spans.image, spans.again)
 
 
 def picture_rows(context: CallContext, queries: int, grid: Grid) -> slice:

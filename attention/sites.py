@@ -119,12 +119,13 @@ class JointCall:
     """The lengths a joint attention call is cut by.
 
     Attributes:
-        keys: tokens in the sequence; image: of them the picture's own; text: rows of the context.
+        keys, queries: tokens that are looked at, and that look; image: of them the picture's own; text: rows of the context.
         network: for what only it knows (registers, padding, order).
         arguments: the other conditioning of the model call.
     """
 
     keys: int
+    queries: int
     image: int
     text: int
     network: torch.nn.Module
@@ -136,11 +137,13 @@ class JointCall:
 
 @dataclass(frozen=True)
 class JointSpans:
-    """Where text and picture are; ``again`` is a second copy of the last text tokens (HiDream's per-block Llama features)."""
+    """Where text and picture are among the keys; ``again`` is a second copy of the last text tokens (HiDream's per-block Llama
+    features), ``rows`` the picture among the queries, where not all tokens look and it is not the first of those that do."""
 
     text: slice
     image: slice
     again: slice | None = None
+    rows: slice | None = None
 
 
 JointOrder = Callable[[JointCall], JointSpans | None]
@@ -170,7 +173,7 @@ def _padded_text_first(call: JointCall) -> JointSpans | None:
 
 
 def _image_last(call: JointCall) -> JointSpans:
-    """OmniGen2: text, reference images, image."""
+    """OmniGen2: text, reference images, image. MiniMax H3: text, reference images and sound, sound, image."""
     return JointSpans(_span(0, call.text), _span(call.keys - call.image, call.image))
 
 
@@ -224,6 +227,13 @@ def _hunyuan_video(call: JointCall) -> JointSpans | None:
     return JointSpans(_span(call.keys - call.text if others_first else call.image, call.text), _span(0, call.image))
 
 
+def _cached_text_first(call: JointCall) -> JointSpans:
+    """HiDream-O1: text, image, reference images. Most of the text does not look: it is causal, and kept over the steps."""
+    return JointSpans(
+        _span(0, call.text), _span(call.text, call.image), rows=_span(call.text - (call.keys - call.queries), call.image)
+    )
+
+
 @dataclass(frozen=True)
 class NetworkLayout:
     """How one class of network is seen.
@@ -239,6 +249,7 @@ class NetworkLayout:
         text: the argument with the text, where it is not the context.
         repeats_text: the host repeats a shorter prompt to the length of a longer one in the same batch.
         attention: the self- and cross-attention modules of a block, where T-GATE's table does not have them.
+        differentiable: a gradient can be taken through it; one that keeps keys and values between calls cannot.
     """
 
     family: str
@@ -250,6 +261,7 @@ class NetworkLayout:
     text: str = "c_crossattn"
     repeats_text: bool = False
     attention: tuple[str, str] | None = None
+    differentiable: bool = True
 
 
 _BLOCKS = (("blocks", "block"),)
@@ -299,6 +311,13 @@ _NETWORKS: dict[str, NetworkLayout | None] = {
     "comfy.ldm.genmo.joint_model.asymm_models_joint.AsymmDiTJoint": NetworkLayout("Mochi", _BLOCKS, _cut_text_last),
     "comfy.ldm.ideogram4.model.Ideogram4Transformer2DModel": NetworkLayout("Ideogram 4", _LAYERS, _text_first, patch=""),
     "comfy.ldm.cogvideo.model.CogVideoXTransformer3DModel": NetworkLayout("CogVideoX", _BLOCKS, _text_first, repeats_text=True),
+    "comfy.ldm.minimax.model.MiniMaxH3Model": NetworkLayout("MiniMax H3", _BLOCKS, _image_last),
+    "comfy.ldm.hidream_o1.model.HiDreamO1Transformer": NetworkLayout(
+        "HiDream-O1", (("language_model.layers", "block"),), _cached_text_first, text="input_ids", differentiable=False
+    ),
+    "comfy.ldm.cosmos.model.GeneralDIT": NetworkLayout(
+        "Cosmos 1", _BLOCKS, patch="patch_spatial", attention=("blocks.0.block.attn", "blocks.1.block.attn")
+    ),
     "comfy.ldm.kandinsky5.model.Kandinsky5": NetworkLayout(
         "Kandinsky 5", (("visual_transformer_blocks", "block"),), attention=("self_attention", "cross_attention")
     ),
@@ -348,7 +367,7 @@ def capture_layers(network: torch.nn.Module) -> list[CaptureLayer]:
         return _cascade_layers(network)
     layers: list[CaptureLayer] = []
     for attribute, prefix in layout.lists:
-        for index, block in enumerate(cast(Iterable[torch.nn.Module], getattr(network, attribute))):
+        for index, block in enumerate(_blocks_of(network, attribute)):
             name = f"{prefix}.{index}"
             if layout.order is not None:
                 layers.append(CaptureLayer(name, "joint", block))
@@ -358,6 +377,12 @@ def capture_layers(network: torch.nn.Module) -> list[CaptureLayer]:
             else:
                 layers += _block_layers(name, block)
     return layers
+
+
+def _blocks_of(network: torch.nn.Module, attribute: str) -> Iterable[torch.nn.Module]:
+    """The members of a list or dictionary of blocks."""
+    blocks = network.get_submodule(attribute)
+    return blocks.values() if isinstance(blocks, torch.nn.ModuleDict) else cast(torch.nn.ModuleList, blocks)
 
 
 def _block_layers(name: str, block: torch.nn.Module) -> list[CaptureLayer]:
@@ -423,7 +448,7 @@ def checkpoint_blocks(network: torch.nn.Module) -> list[torch.nn.Module]:
         return [module for module in network.modules() if type(module).__name__ in _UNET_CHECKPOINTS]
     if layout is None or not layout.lists:
         return [layer.module for layer in _unknown_layers(network) if layer.module is not network]
-    return [block for attribute, _ in layout.lists for block in cast(Iterable[torch.nn.Module], getattr(network, attribute))]
+    return [block for attribute, _ in layout.lists for block in _blocks_of(network, attribute)]
 
 
 # Models whose text is padded to a fixed length in front.

@@ -1,4 +1,4 @@
-"""The developer commands: `python dev demo`, `test`, `eval`, `bench NAME`, `matrix`, `soak`, `api` and `env`.
+"""The developer commands: `python dev demo`, `test`, `eval`, `bench NAME`, `matrix`, `neighbours`, `soak`, `api` and `env`.
 
 Any Python 3.10 or newer can start them. It makes the environment they need, then hands over to that environment's
 Python: the same command again, with `FOVEA_INSIDE` set and `COMFYUI_PATH` naming the host. Started this way, the folder
@@ -36,12 +36,17 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = commands.add_parser
     demo.add_arguments(add("demo", parents=[host], help="run a shipped workflow on a real ComfyUI with the embedded model"))
-    test = add("test", parents=[host], help="run every check on the newest and oldest ComfyUI; what follows -- goes to pytest")
-    test.add_argument("--host", metavar="VERSION", help="on this pinned ComfyUI, or on 'all' of them")
+    test = add(
+        "test",
+        parents=[host],
+        help="run every check on the newest ComfyUI, and on the oldest what depends on it; what follows -- goes to pytest",
+    )
+    test.add_argument("--host", metavar="VERSION", help="every check on this pinned ComfyUI, or on 'all' of them")
     add("eval", parents=[host], add_help=False, help="measure the embedded model, or a technique on it: eval [NAME]; eval --help")
     bench = add("bench", parents=[host], add_help=False, help="measure speed and memory; bench NAME --help")
     bench.add_argument("name", choices=benchmarks(), metavar="NAME", help=f"one of: {', '.join(benchmarks())}")
     add("matrix", parents=[host], add_help=False, help="what every node does on every family of models; matrix --help")
+    add("neighbours", parents=[host], add_help=False, help="what every node does beside ComfyUI's own; neighbours --help")
     add("soak", parents=[host], add_help=False, help="hundreds of prompts on one server: does anything grow? soak --help")
     add("api", parents=[host], add_help=False, help="does a ComfyUI have every name that the pack uses? api --help")
     add("env", parents=[host], help="only make the environment and the hosts, and say where they are")
@@ -89,7 +94,7 @@ def run_inside(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.command == "eval":
         script, rest = evaluation(rest)
         return run_script(script, rest)
-    scripts = {"matrix": "matrix.py", "api": "host_api.py", "soak": "soak.py"}
+    scripts = {"matrix": "matrix.py", "neighbours": "neighbours.py", "api": "host_api.py", "soak": "soak.py"}
     if arguments.command in scripts:
         return run_script(environment.DEV / scripts[arguments.command], rest)
     return run_script(environment.DEV / "bench" / f"{arguments.name}.py", rest)
@@ -113,7 +118,7 @@ def run_outside(arguments: argparse.Namespace, rest: list[str], line: list[str])
         print(f"Python: {made.python}", *(f"ComfyUI: {host}" for host in made.hosts), sep="\n")
         return 0
     if arguments.command == "test":
-        return suite.main(made, [argument for argument in rest if argument != "--"])
+        return suite.main(made, [argument for argument in rest if argument != "--"], whole=bool(arguments.host or rest))
     return hand_over(made, line)
 
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import textwrap
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -171,6 +172,8 @@ class Counts:
 class Trial:
     """One family with one model, on which the nodes are tried in turn."""
 
+    steady = True  # every step asks the model for each prompt equally often
+
     def __init__(self, family: Any, model: Any, log: Log) -> None:
         from fovea_attention.attention import host, sites
 
@@ -182,13 +185,18 @@ class Trial:
         self.model.add_wrapper_with_key("apply_model", "matrix", self._count_prompts)
         for site in sites.attention_sites(self.network):
             site.projection.register_forward_hook(lambda *_, kind=site.kind: self._count_attention(kind))
-        self.positive, self.negative, self.null = (family.conds(seed) for seed in (1, 2, 7))
+        self.positive, self.negative, self.null = self.prompts()
         if family.has_prompt:
             for tensor, options in (*self.positive, *self.negative):
                 options["fovea"] = words_of_a_prompt(tensor.shape[1])
         self.untouched = self.state()
         self.plain = self.picture(self.sampled())
         self.calls = {kind: called // STEPS for kind, called in self.counts.attention.items()}  # in a step
+        self.asked = {prompt: called // STEPS for prompt, called in Counter(self.counts.prompts).items()}
+
+    def prompts(self) -> tuple[Any, Any, Any]:
+        """Positive, negative and empty prompt."""
+        return tuple(self.family.conds(seed) for seed in (1, 2, 7))  # type: ignore[return-value]
 
     # Counting
 
@@ -287,18 +295,23 @@ class Trial:
         model = self.nodes["TGateCache"].execute(self.model, gate_at=2 / 3, sp_interval=1, fi_interval=GATE_STEPS)[0]
         latent = self.picture(self.sampled(self.guider(model), GATE_STEPS))
         saved = {kind: self.calls[kind] * GATE_STEPS - called for kind, called in self.counts.attention.items()}
-        dropped = GATE_STEPS - self.counts.prompts.count(1)
-        if not latent.isfinite().all() or self.counts.prompts.count(0) != GATE_STEPS:
-            return fault("the positive prompt is not computed once a step, or the latent is not finite")
+        called = Counter(self.counts.prompts)
+        dropped = self.asked.get(1, 0) * GATE_STEPS - called[1]
+        if not latent.isfinite().all() or (self.steady and called[0] != self.asked[0] * GATE_STEPS):
+            return fault("the positive prompt is not computed as often as without it, or the latent is not finite")
         said = self.log.lines[-1]
         null = "null class" if hasattr(self.family, "prediction") else "negative prompt"
-        done = [text for text, holds in (("self-attention reused", saved["self"]), (f"{null} skipped", dropped)) if holds]
-        if saved["cross"] and dropped:
+        saves = {"cross-attention reused": saved["cross"], "self-attention reused": saved["self"], f"{null} skipped": dropped}
+        return self.t_gate_cell([text for text, saving in saves.items() if saving], said)
+
+    def t_gate_cell(self, done: list[str], said: str) -> Cell:
+        """What it means that T-GATE saved ``done`` and logged ``said``."""
+        if done and "has no separate cross-attention" in said:
+            return Cell(Outcome.PART, ", ".join(done))
+        if "cross-attention reused" in done and "negative prompt skipped" in done:
             return WORKS
         if done:
-            return (
-                Cell(Outcome.PART, ", ".join(done)) if "has no separate cross-attention" in said else fault(f"not said: {done}")
-            )
+            return fault(f"not said: {done}")
         return Cell(Outcome.REFUSED, message=said) if ";" in said else fault("a silent no-op")
 
     def captured(self, maps: list[Any]) -> Any:
@@ -517,7 +530,7 @@ def quiet() -> Iterator[Log]:
 
 # --- the table -----------------------------------------------------------------------------------------------------------
 
-_COLUMNS = {
+COLUMNS = {
     "T-GATE Cache": "T-GATE Cache",
     WORDS: "maps: words",
     PLACES: "maps: self-attention",
@@ -545,16 +558,16 @@ class Messages:
         ]
 
 
-def render(lines: Sequence[Line]) -> str:
-    """The table in Markdown, and below it what each refusal says."""
+def render(lines: Sequence[Line], first: str = "family") -> str:
+    """The table in Markdown, and below it what each refusal says; ``first`` is the heading of the first column."""
     messages = Messages()
-    rows = [f"| {' | '.join(['family', *_COLUMNS.values()])} |", "|---" * (1 + len(_COLUMNS)) + "|"]
+    rows = [f"| {' | '.join([first, *COLUMNS.values()])} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for line in lines:
         unbuilt = line.cells.get(BUILD)
-        cells = [unbuilt] * len(_COLUMNS) if unbuilt else [line.cells[node] for node in _COLUMNS]
+        cells = [unbuilt] * len(COLUMNS) if unbuilt else [line.cells[node] for node in COLUMNS]
         rows.append(f"| {' | '.join([line.name, *map(messages.text, cells)])} |")
-    sampler = _elsewhere(SAMPLER, lines, messages)
-    return "\n".join([*rows, "", sampler, "", "What is said where a node refuses, or does not do all:", "", *messages.listed()])
+    sampler = [_elsewhere(SAMPLER, lines, messages), ""] if any(SAMPLER in line.cells for line in lines) else []
+    return "\n".join([*rows, "", *sampler, "What is said where a node refuses, or does not do all:", "", *messages.listed()])
 
 
 def _elsewhere(node: str, lines: Sequence[Line], messages: Messages) -> str:
@@ -568,10 +581,10 @@ def _elsewhere(node: str, lines: Sequence[Line], messages: Messages) -> str:
     return f"*{node}*: {'; '.join([*parts, f'all others: {most}'])}."
 
 
-def with_table(readme: str, table: str) -> str:
-    """The README with ``table`` between its two marks."""
-    start, end = readme.index(BEGIN) + len(BEGIN), readme.index(END)
-    return f"{readme[:start]}\n\n{table}\n\n{readme[end:]}"
+def with_table(page: str, table: str, begin: str = BEGIN, end: str = END) -> str:
+    """A page with ``table`` between its two marks."""
+    first, last = page.index(begin) + len(begin), page.index(end)
+    return f"{page[:first]}\n\n{table}\n\n{page[last:]}"
 
 
 def main() -> None:

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import workflow_files
-from host_server import HostServer, WorkflowError
+from host_server import DEV, HostServer, WorkflowError, link
 
-STATE = "/fovea_demo/state"
+STATE_NODE = DEV / "host_nodes" / "fovea_soak_state"
+STATE = "/fovea_soak/state"
 SIZES = (192, 256, 320)
 WRONG_WORD = "zebra"
 
@@ -143,10 +144,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write every sample here")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as base, HostServer(Path(os.environ["COMFYUI_PATH"]), Path(base)) as server:
-        start = time.monotonic()
-        samples = soak(server, args.prompts, args.seed)
-        minutes = (time.monotonic() - start) / 60
+    with tempfile.TemporaryDirectory() as base:
+        link(STATE_NODE, Path(base) / "custom_nodes" / STATE_NODE.name)
+        with HostServer(Path(os.environ["COMFYUI_PATH"]), Path(base)) as server:
+            start = time.monotonic()
+            samples = soak(server, args.prompts, args.seed)
+            minutes = (time.monotonic() - start) / 60
     wrong = verdict(samples)
     kinds = {kind: sum(s.kind == kind for s in samples) for kind in ("plain", "interrupted", "wrong word")}
     print(f"{len(samples)} prompts in {minutes:.0f} minutes: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()))

@@ -1,4 +1,7 @@
-"""`python dev test`: ruff, mypy, then every test on every pinned ComfyUI, the hosts side by side."""
+"""`python dev test`: ruff, mypy, then pytest on one pinned ComfyUI after the other, with a process for each processor.
+
+By default the newest ComfyUI gets every test, an older one those whose result depends on it (all but the marker `newest`).
+"""
 
 from __future__ import annotations
 
@@ -77,15 +80,18 @@ def check_types(python: Path) -> int:
 class HostTests:
     """pytest on one host. Its lines appear on ours as they come, behind the host's version where there are several."""
 
-    def __init__(self, python: Path, host: Path, arguments: Sequence[str], threads: int, label: str = "") -> None:
+    def __init__(self, python: Path, host: Path, arguments: Sequence[str], label: str = "") -> None:
         self.report = environment.home() / "log" / f"tests-{host.name}.xml"
         self.report.parent.mkdir(parents=True, exist_ok=True)
         self.report.unlink(missing_ok=True)
-        command = [str(python), "-m", "pytest", "-c", str(ROOT / "tests" / "pytest.ini"), f"--junitxml={self.report}", *arguments]
+        # One file after the other, so that what a file's tests share is made once; in their order, the last ones are short.
+        shared = ["-n", str(os.cpu_count() or 1), "--dist", "loadfile", "--no-loadscope-reorder"]
+        command = [str(python), "-m", "pytest", "-c", str(ROOT / "tests" / "pytest.ini"), f"--junitxml={self.report}", *shared]
+        command += arguments
         if not any(argument.split("::")[0].endswith(".py") for argument in arguments):
             command.append(str(ROOT / "tests"))
         env = environment.clean_env(COMFYUI_PATH=str(host), PYTHONUNBUFFERED="1")
-        env.setdefault("OMP_NUM_THREADS", str(threads))  # threads that wait for each other by spinning take the other's time
+        env.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other by spinning take the other process's time
         self.child = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.prefix = f"{label} | ".encode() if label else b""
         self.reader = threading.Thread(target=self._pass_on, daemon=True)
@@ -107,19 +113,19 @@ class HostTests:
         return count
 
 
-def run_tests(python: Path, hosts: Sequence[Path], arguments: Sequence[str]) -> dict[str, Count]:
-    """pytest on all hosts at the same time, by version; when we are stopped, all are stopped first."""
-    threads = max(1, (os.cpu_count() or 1) // len(hosts))
-    running: dict[str, HostTests] = {}
-    try:
-        for host in hosts:
-            version = host_version_of(host) or host.name
-            running[version] = HostTests(python, host, arguments, threads, version if len(hosts) > 1 else "")
-        return {version: tests.result() for version, tests in running.items()}
-    except BaseException:
-        for tests in running.values():
+def run_tests(python: Path, hosts: Sequence[Path], arguments: Sequence[str], *, whole: bool = True) -> dict[str, Count]:
+    """pytest on one host after the other, the newest first, by version; not ``whole``: less on the others than on the first."""
+    counts: dict[str, Count] = {}
+    for host in hosts:
+        version = host_version_of(host) or host.name
+        less = [] if whole or not counts else ["-m", "not newest"]
+        tests = HostTests(python, host, [*less, *arguments], version if len(hosts) > 1 else "")
+        try:
+            counts[version] = tests.result()
+        except BaseException:
             stop(tests.child)
-        raise
+            raise
+    return counts
 
 
 def read_report(report: Path) -> Count:
@@ -138,22 +144,22 @@ def announce(number: int, total: int, what: str) -> None:
     print(f"\n[{number}/{total}] {what}", flush=True)
 
 
-def main(made: Environment, arguments: Sequence[str]) -> int:
+def main(made: Environment, arguments: Sequence[str], *, whole: bool) -> int:
     """Every check, all of them even when one fails; the last line sums up the tests."""
-    total, broken, start = 3, [], time.monotonic()
-    announce(1, total, "ruff")
+    broken, start = [], time.monotonic()
+    announce(1, 3, "ruff")
     if run([str(made.python), "-m", "ruff", "check", "--no-cache", str(ROOT)]):
         broken.append("ruff")
-    announce(2, total, "mypy")
+    announce(2, 3, "mypy")
     if check_types(made.python):
         broken.append("mypy")
     versions = [host_version_of(host) or host.name for host in made.hosts]
-    announce(3, total, f"pytest on ComfyUI {' and '.join(versions)}")
-    counts = run_tests(made.python, made.hosts, arguments)
-    whole = sum(counts.values(), Count())
+    announce(3, 3, f"pytest on ComfyUI {' and '.join(versions)}")
+    counts = run_tests(made.python, made.hosts, arguments, whole=whole)
+    total = sum(counts.values(), Count())
     print(f"\n{time.monotonic() - start:.0f} s", *(f"ComfyUI {version}: {count}" for version, count in counts.items()), sep="\n")
     if broken:
         print(f"Not clean: {', '.join(broken)} (see above)")
     sys.stdout.flush()
-    print(whole, flush=True)
-    return 1 if broken or whole.failed or not whole.passed else 0
+    print(total, flush=True)
+    return 1 if broken or total.failed or not total.passed else 0

@@ -14,7 +14,7 @@ from typing import Any
 
 from playwright.sync_api import ConsoleMessage, Locator, Page, Playwright, expect
 
-PATIENCE = 60_000  # ms; only ever waited for in full when something is broken
+PATIENCE = 180_000  # ms; only ever waited for in full when something is broken
 FLAGS = (
     "--disable-gpu",
     "--disable-quic",

@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.fixture
 def files(pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:

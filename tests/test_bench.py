@@ -13,6 +13,8 @@ from bench.memory import AllocatedMemory, HeldTensors, bytes_of
 from bench.models import TINY
 from environment import DEV
 
+pytestmark = pytest.mark.newest
+
 MIB = 2**20
 
 

@@ -31,7 +31,7 @@ CALLS = {
 VARIANTS = {
     "wan_humo": 1, "wan_scail": 2, "wan_animate": 2, "wan_vace": 1, "wan_camera": 2, "wan_dancer": 2,
     "chroma_radiance": 0, "z_image_pixel": 2, "pid": 0, "hunyuan_video15_sr": 2, "anima": 1, "kandinsky5_video": 2,
-    "mochi": 0, "ideogram4": 0,
+    "mochi": 0, "ideogram4": 0, "cosmos1": 1, "minimax": 0, "hidream_o1": 0,
 }  # fmt: skip
 SEEN = {**FAMILIES, **{name: family for name, family in MORE_FAMILIES.items() if name in VARIANTS}}
 CONVOLUTIONAL = {"sd15", "sd2", "sdxl", "svd", "cascade"}
@@ -195,6 +195,26 @@ def test_the_picture_is_bit_identical_and_every_call_is_seen(engine, watch, buil
     assert maps.tokens() == {"hunyuan_dit": 77 + 24, "hidream": 12 + 9, "pixeldit": 16}.get(name, family.tokens)
 
 
+def random_latent(family):
+    """Noise for a family's latent, always the same; with sound it has two parts."""
+    generator, latent = torch.Generator().manual_seed(3), family.latent()
+    if not family.audio:
+        return torch.randn(latent.shape, generator=generator)
+    return type(latent)(tuple(torch.randn(part.shape, generator=generator) for part in latent.unbind()))
+
+
+def with_another_word(conds, token: int):
+    """The same prompt but for one token, in its features or, where the network encodes the text itself, in its ids."""
+    ((features, others),) = conds
+    if "text_input_ids" in others:
+        ids = others["text_input_ids"].clone()
+        ids[:, token] += 1
+        return [[features, {**others, "text_input_ids": ids}]]
+    features = features.clone()
+    features[:, token] = torch.randn(features.shape[-1], generator=torch.Generator().manual_seed(9)) * 3
+    return [[features, others]]
+
+
 def brightest(difference: torch.Tensor) -> int:
     """The token that changed most: (batch, heads, tokens, channels)."""
     return int(difference.float().square().sum((0, 1, 3)).argmax())
@@ -214,14 +234,13 @@ def test_a_changed_word_and_a_changed_pixel_show_where_the_map_says(watch, built
         return probe.calls[first]
 
     token, (y, x) = min(7, family.tokens - 1), (2 * side // 3 for side in family.size)
-    conds, noise = family.conds(1), torch.randn(family.latent().shape, generator=torch.Generator().manual_seed(3))
-    word, pixel = conds[0][0].clone(), noise.clone()
-    word[:, token] = torch.randn(family.width, generator=torch.Generator().manual_seed(9)) * 3
-    (pixel[:, :, -1] if family.frames else pixel)[:, :, y, x] += 30
+    conds, (noise, pixel) = family.conds(1), (random_latent(family) for _ in range(2))
+    picture = pixel.unbind()[0] if family.audio else pixel
+    (picture[:, :, -1] if family.frames else picture)[:, :, y, x] += 30
 
     plain = first_text_call(conds, noise)
     heat = image_rows(maps, maps.layers[0])
-    key = brightest(by_heads(first_text_call([[word, conds[0][1]]], noise).k, plain) - by_heads(plain.k, plain))
+    key = brightest(by_heads(first_text_call(with_another_word(conds, token), noise).k, plain) - by_heads(plain.k, plain))
     query = brightest(by_heads(first_text_call(conds, pixel).q, plain) - by_heads(plain.q, plain))
     expected = probabilities(plain)[0, :, query, key].float()
 

@@ -30,6 +30,8 @@ from host_archives import HostPin, ensure_host
 from host_server import HostServer, ServerError, WorkflowError
 from stages import SetupError, Stages
 
+pytestmark = pytest.mark.newest
+
 DEV = environment.DEV
 VERSION = "9.9.9"
 
@@ -480,7 +482,9 @@ ENDINGS = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGKILL] if sys.platform ==
 def test_the_demo_leaves_nothing_running_when_it_is_stopped(ending: signal.Signals, host_path: Path, tmp_path: Path) -> None:
     env = {**os.environ, "FOVEA_INSIDE": "1", "COMFYUI_PATH": str(host_path), "FOVEA_HOME": str(tmp_path)}
     command = [sys.executable, str(DEV), "demo", "--port", "0"]
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    # Programs in the background of a shell are started with SIGINT ignored, and hand that on.
+    heard = {} if os.name == "nt" else {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **heard) as process:
         try:
             assert wait_until(lambda: bool(children_of(process.pid)), 120), "the server's process never started"
             servers = children_of(process.pid)

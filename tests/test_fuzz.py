@@ -21,6 +21,8 @@ from test_attn_files import files, maps
 from tiny_dit import bare, tiny
 from tiny_unet import sample, small_model
 
+pytestmark = pytest.mark.newest
+
 __all__ = ["files", "maps"]
 
 CHEAP = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

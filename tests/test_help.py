@@ -20,6 +20,8 @@ from host_server import PACK_FOLDER, HostServer
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+pytestmark = pytest.mark.newest
+
 ROOT = host_inprocess.ROOT
 HELP = ROOT / "web" / "docs"
 NODES = sorted(path.stem for path in HELP.glob("*.md"))

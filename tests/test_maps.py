@@ -11,6 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import interpolate
 
+pytestmark = pytest.mark.newest
+
 TOKENS, SIZE = 5, (6, 4)
 
 

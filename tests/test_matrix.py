@@ -1,11 +1,14 @@
-"""The family matrix in the README is what `python dev matrix` measures, and nothing of the host's list is missing in it."""
+"""The generated tables, of families and of other nodes, are what their commands measure, and miss nothing of the host's list."""
 
 from __future__ import annotations
 
 import comfy.supported_models
 import matrix
+import neighbours
 import pytest
 from matrix import Outcome
+
+pytestmark = pytest.mark.newest
 
 TABLE_OF = "0.30.0"
 
@@ -34,6 +37,18 @@ def test_the_readme_shows_what_is_measured():
     assert [line.cells[matrix.BUILD].message for line in lines if matrix.BUILD in line.cells] == []
     readme = matrix.README.read_text(encoding="utf-8")
     assert matrix.with_table(readme, matrix.render(lines)) == readme, "run `python dev matrix --write` and look at its diff"
+
+
+@pytest.mark.usefixtures("of_this_host")
+def test_the_page_of_other_nodes_shows_what_is_measured():
+    lines = neighbours.measure([neighbour for neighbour in neighbours.NEIGHBOURS if neighbour not in neighbours.SLOW])
+    assert [text for line in lines for text in line.faults] == []
+    assert [line.name for line in lines] == [neighbour.name for neighbour in neighbours.NEIGHBOURS[: len(lines)]]
+    page = neighbours.PAGE.read_text(encoding="utf-8")
+    shown = set(page.splitlines())
+    table, said = matrix.render(lines, "node").split("\n\n", 1)
+    assert set(table.splitlines()) <= shown, "run `python dev neighbours --write` and look at its diff"
+    assert said in page
 
 
 def test_a_node_that_does_nothing_and_says_nothing_is_a_fault():

@@ -15,6 +15,8 @@ import host_inprocess
 import pytest
 import torch
 
+pytestmark = pytest.mark.newest
+
 CHECKPOINT = host_inprocess.ROOT / "dev" / "scenes" / "fovea-scenes.safetensors"
 VIEWS = ["overlay", "steps", "layers", "self-attention", "convergence", "segments"]
 WORD_VIEWS = [view for view in VIEWS if view != "self-attention"]

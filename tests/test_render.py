@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = pytest.mark.newest
+
 SIZES = [(64, 64), (1, 40), (40, 1), (30, 90), (700, 200)]
 
 

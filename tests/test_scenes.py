@@ -8,6 +8,8 @@ import pytest
 import torch
 from scenes import detect, draw, evaluate
 
+pytestmark = pytest.mark.newest
+
 WANTED = 210  # objects
 
 

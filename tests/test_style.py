@@ -9,6 +9,8 @@ import torch
 from scenes import detect, draw, evaluate, evaluate_distill
 from scenes.style import distance, style
 
+pytestmark = pytest.mark.newest
+
 
 def ground(colour: str, pattern: str | None, shift: tuple[float, float] = (0.0, 0.0), size: int = 256) -> torch.Tensor:
     scene = draw.Scene((), colour, pattern, None, shift, "")

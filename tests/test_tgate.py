@@ -73,6 +73,7 @@ def test_equals_the_official_implementation(tgate, name, together):
     assert_equal_to_official(run_case(gated, case), case["x"], case["sigmas"])
 
 
+@pytest.mark.newest
 def test_the_reference_cases_are_sampled_as_they_were_recorded(tgate):
     """Without T-GATE the host equals the recorded plain run, so a difference above is T-GATE's own."""
     case = CASES["n12_g4_sp1_fi1_w2_b1"]
@@ -143,6 +144,7 @@ def test_plan_is_the_published_table(pack):
     assert "".join(marks[p.cross_attention] for p in plans) == TRUTH_CROSS
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("gate", "settings"),
     [
@@ -199,6 +201,7 @@ def test_clones_with_different_gates_do_not_meet(tgate):
     assert not torch.equal(*expected)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("batch", [1, 3])
 def test_batches_keep_their_items_apart(tgate, batch):
     model = small_model()
@@ -208,6 +211,7 @@ def test_batches_keep_their_items_apart(tgate, batch):
     assert_same_picture(gated, expected)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("device", ["auto", "gpu", "cpu"])
 def test_the_cache_device_changes_no_bit(tgate, device):
     model = small_model()
@@ -221,6 +225,7 @@ def gate_of(caplog) -> int:
     return int(caplog.messages[-1].split("gate opened at step ")[1].split(";")[0])
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("together", [True, False], ids=["one call", "separate calls"])
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_auto_equals_a_fixed_gate_at_the_step_it_chose(tgate, caplog, sampler, together):
@@ -242,6 +247,7 @@ def test_auto_opens_at_gate_at_when_attention_never_settles(tgate, caplog):
     assert torch.equal(automatic, sample(tgate(model, gate_at=0.5)))
 
 
+@pytest.mark.newest
 def test_a_looser_tolerance_opens_earlier(tgate, caplog):
     caplog.set_level("INFO", logger="fovea")
     model = small_model()

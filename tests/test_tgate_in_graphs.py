@@ -404,6 +404,7 @@ def test_tiles_switch_tgate_off(tgate, caplog, model):
     assert torch.equal(result, sample(other, steps=STEPS))
 
 
+@pytest.mark.newest
 def test_a_compiled_model_loses_the_negative_prompt_only(tgate, caplog, model):
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 

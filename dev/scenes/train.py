@@ -8,7 +8,6 @@ On a CPU: single-thread workers with averaged gradients, float32. On a CUDA GPU:
 from __future__ import annotations
 
 import argparse
-import math
 import multiprocessing
 import os
 import random
@@ -20,9 +19,10 @@ from host_inprocess import ROOT, start_host
 from torch import Tensor, nn
 
 from scenes import draw
+from scenes.optimise import AveragedAdamW
 
 STATE = ROOT / ".fovea" / "scenes-train.pt"
-EMA_DECAY, CAPTION_DROPOUT, CLIP_NORM, WARM_UP_STEPS = 0.999, 0.1, 1.0, 150
+CAPTION_DROPOUT = 0.1
 SAVE_EVERY, LOG_EVERY = 180.0, 30.0  # seconds
 
 
@@ -116,15 +116,11 @@ class Trainer:
         self.unet.to(device)
         self.text.to(device)
         self.modules = {"unet": self.unet, "text": self.text}
-        self.parameters = [*self.unet.parameters(), *self.text.parameters()]
-        self.average = [p.detach().clone() for p in self.parameters]
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.optimiser = AveragedAdamW([*self.unet.parameters(), *self.text.parameters()], args.lr)
         self.totals = {key: state.get(key, 0) for key in ("steps", "samples", "seconds")}
         if "optimiser" in state and list(state["vocabulary"]) == self.tokens.vocabulary:
-            self.optimiser.load_state_dict(state["optimiser"])
             averaged = [state[kind][name] for kind, module in self.modules.items() for name, _ in module.named_parameters()]
-            for average, value in zip(self.average, averaged, strict=True):
-                average.copy_(value)
+            self.optimiser.resume(state["optimiser"], averaged)
 
     def loss(self, images: Tensor, ids: Tensor) -> Tensor:
         noisy, steps, target = self.noise(images)
@@ -132,25 +128,22 @@ class Trainer:
             prediction = self.unet(noisy, timesteps=steps, context=self.text(ids))
         return nn.functional.mse_loss(prediction.float(), target)
 
-    def step(self, lr: float) -> None:
-        nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-        decay = min(EMA_DECAY, (1 + self.totals["steps"]) / (10 + self.totals["steps"]))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
-
     def save(self, seconds: float) -> dict[str, float]:
         """Averaged weights at the top level (what the export reads), everything needed to go on beside them; totals."""
         raw = {kind: {k: v.cpu().clone() for k, v in module.state_dict().items()} for kind, module in self.modules.items()}
-        averages = iter(self.average)
+        averages = iter(self.optimiser.average)
         averaged = {
             kind: weights | {name: next(averages).cpu() for name, _ in self.modules[kind].named_parameters()}
             for kind, weights in raw.items()
         }
         totals = {**self.totals, "seconds": self.totals["seconds"] + seconds}
-        state = {**averaged, "raw": raw, "optimiser": self.optimiser.state_dict(), "vocabulary": self.tokens.vocabulary, **totals}
+        state = {
+            **averaged,
+            "raw": raw,
+            "optimiser": self.optimiser.adamw.state_dict(),
+            "vocabulary": self.tokens.vocabulary,
+            **totals,
+        }
         partial = self.args.out.with_suffix(".part")
         torch.save(state, partial)
         os.replace(partial, self.args.out)
@@ -166,7 +159,7 @@ def train(args: argparse.Namespace) -> None:
         torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
     trainer = Trainer(args, device)
-    mean = GradientMean(trainer.parameters, workers)
+    mean = GradientMean(trainer.optimiser.parameters, workers)
     rank = next((r for r in range(1, workers) if os.fork() == 0), 0)
     seed = args.seed * 1000 + trainer.totals["steps"] * 10 + rank  # a resumed run sees new scenes
     torch.manual_seed(seed)
@@ -182,9 +175,9 @@ def train(args: argparse.Namespace) -> None:
         loss.backward()
         progress = mean(rank, (time.monotonic() - started) / (args.minutes * 60))
         step += 1
-        trainer.step(args.lr * min(1, step / WARM_UP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1))))
         trainer.totals["steps"] += 1
         trainer.totals["samples"] += args.batch * workers
+        trainer.optimiser.step(progress, trainer.totals["steps"])
         losses.append(loss.item())
         now = time.monotonic()
         if rank == 0 and now - logged > LOG_EVERY:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import time
@@ -23,11 +22,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from scenes import draw
+from scenes.optimise import AveragedAdamW
 
 CHECKPOINT = Path(__file__).resolve().parent / "fovea-scenes-dit.safetensors"
 STATE = ROOT / ".fovea" / "scenes-dit.pt"
 NETWORK: dict[str, Any] = {"depth": 6, "width": 192, "heads": 3, "patch_size": 4, "in_channels": 3, "out_channels": 3}
-EMA_DECAY, LABEL_DROPOUT, CLIP_NORM, WARM_UP_STEPS = 0.999, 0.1, 1.0, 150
+LABEL_DROPOUT = 0.1
 SAVE_EVERY, LOG_EVERY = 120.0, 30.0  # seconds
 LONGEST_STEP = 20.0  # seconds; more means that the process was stopped for a while, which does not count
 NULL = len(draw.CLASSES)
@@ -125,14 +125,10 @@ class Trainer:
         if state:
             self.network.load_state_dict(state["raw"])
         self.network.to(device)
-        self.parameters = list(self.network.parameters())
-        self.average = [p.detach().clone() for p in self.parameters]
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.optimiser = AveragedAdamW(self.network.parameters(), args.lr)
         self.totals = {key: state.get(key, 0) for key in ("steps", "samples", "seconds")}
         if state:
-            self.optimiser.load_state_dict(state["optimiser"])
-            for average, value in zip(self.average, state["average"], strict=True):
-                average.copy_(value)
+            self.optimiser.resume(state["optimiser"], state["average"])
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Squared error of the velocity, more often where shapes are decided (logit-normal times)."""
@@ -144,24 +140,18 @@ class Trainer:
             velocity = self.network((1 - level) * images + level * gauss, 1 - sigma, labels)
         return nn.functional.mse_loss(velocity.float(), images - gauss)
 
-    def step(self, lr: float) -> None:
-        nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+    def step(self, progress: float) -> None:
         self.totals["steps"] += 1
         self.totals["samples"] += self.args.batch
-        decay = min(EMA_DECAY, (1 + self.totals["steps"]) / (10 + self.totals["steps"]))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        self.optimiser.step(progress, self.totals["steps"])
 
     def save(self, seconds: float) -> dict[str, float]:
         """Everything needed to go on; totals."""
         totals = {**self.totals, "seconds": self.totals["seconds"] + seconds}
         raw = {name: value.cpu() for name, value in self.network.state_dict().items()}
-        average = [value.cpu() for value in self.average]
+        average = [value.cpu() for value in self.optimiser.average]
         partial = self.args.out.with_suffix(".part")
-        torch.save({"raw": raw, "average": average, "optimiser": self.optimiser.state_dict(), **totals}, partial)
+        torch.save({"raw": raw, "average": average, "optimiser": self.optimiser.adamw.state_dict(), **totals}, partial)
         os.replace(partial, self.args.out)
         return totals
 
@@ -186,7 +176,7 @@ def train(args: argparse.Namespace) -> None:
         loss = trainer.loss(*pool.batch(args.batch, device))
         loss.backward()
         step += 1
-        trainer.step(args.lr * min(1, step / WARM_UP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1))))
+        trainer.step(progress)
         losses.append(loss.item())
         now = time.monotonic()
         trained, before = trained + min(now - before, LONGEST_STEP), now

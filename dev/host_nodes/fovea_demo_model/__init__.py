@@ -83,31 +83,3 @@ class FoveaScenes(comfy.supported_models_base.BASE):
 
 if not any(known.__name__ == FoveaScenes.__name__ for known in comfy.supported_models.models):
     comfy.supported_models.models.append(FoveaScenes)
-
-
-def _tell_state() -> None:
-    """Let a test server say what it holds: memory of the process, and tensors that are alive."""
-    import gc
-    import sys
-
-    import psutil
-
-    server = sys.modules.get("server")
-    if server is None or not hasattr(server.PromptServer, "instance"):
-        return  # not a server
-    from aiohttp import web
-
-    @server.PromptServer.instance.routes.get("/fovea_demo/state")
-    async def state(request):
-        gc.collect()
-        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
-        return web.json_response(
-            {
-                "resident_mb": psutil.Process().memory_info().rss / 2**20,
-                "tensors": len(tensors),
-                "tensor_mb": sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20,
-            }
-        )
-
-
-_tell_state()

@@ -1,0 +1,272 @@
+"""`python dev neighbours`: what each node of the pack does in a graph with another node of the host.
+
+    python dev neighbours [--only WORD] [--write]
+
+The host's own nodes patch, guide, cache or prompt a tiny random model, which then goes through real sampling with each node of
+the pack, and is judged as in ``matrix``. The table is in docs/other-nodes.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from host_inprocess import ROOT, load_pack, start_host
+from matrix import CFG, COLUMNS, WORKS, Cell, Line, Log, Outcome, Trial, quiet, render, with_table
+
+BEGIN, END = "<!-- neighbours: python dev neighbours --write -->", "<!-- end of the neighbours -->"
+PAGE = ROOT / "docs" / "other-nodes.md"
+
+Patch = Callable[[Any], Any]
+MAKES_GUIDERS = Cell(Outcome.REFUSED, message="Both make the guider of the run: choose one.")
+
+
+def node(module: str, name: str) -> Callable[..., Any]:
+    """First output of a node of ``comfy_extras`` (or of the host's own ``nodes``), by its class's name."""
+    cls = getattr(import_module(f"comfy_extras.nodes_{module}" if module else "nodes"), name)
+    run = cls.execute if hasattr(cls, "execute") else getattr(cls(), cls.FUNCTION)
+    return lambda *values, **named: run(*values, **named)[0]
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """Another node, and how it enters the graph.
+
+    Attributes:
+        module: of ``comfy_extras`` that has it; a host without it is not asked.
+        model: what it makes of a model.
+        prompt: what it makes of the positive prompt (given the encodings of two).
+        guider: the guider it makes of a model and three prompts.
+        family: on which it is tried.
+        steady: every step asks the model as often as the last.
+    """
+
+    name: str
+    module: str = ""
+    model: Patch = lambda model: model
+    prompt: Callable[[Any, Any], Any] = lambda first, second: first
+    guider: Callable[[Any, Any, Any, Any], Any] | None = None
+    family: str = "sd15"
+    steady: bool = True
+
+
+# --- the nodes -----------------------------------------------------------------------------------------------------------
+
+
+def _lora(model: Any) -> Any:
+    """As LoraLoader leaves a model: low-rank patches of attention weights."""
+    patched, generator = model.clone(), torch.Generator().manual_seed(5)
+    patches = {}
+    for name, weight in model.model.named_parameters():
+        if name.endswith(("to_q.weight", "to_v.weight")):
+            patches[name] = ("diff", (torch.randn(weight.shape, generator=generator) * 0.02,))
+    patched.add_patches(patches, 1.0)
+    return patched
+
+
+def _merged(model: Any) -> Any:
+    from families import FAMILIES
+
+    return node("model_merging", "ModelMergeSimple")(model, FAMILIES["sd15"].build(seed=4), 0.7)
+
+
+def _halves(first: Any, second: Any) -> Any:
+    """ConditioningSetMask on both halves, combined."""
+    mask = torch.zeros(1, 16, 12)
+    mask[:, :, :6] = 1
+    (left,), (right,) = (
+        node("", "ConditioningSetMask")(cond, half, "default", 1.0) for cond, half in ((first, mask), (second, 1 - mask))
+    )
+    return [left, right]
+
+
+def _areas(first: Any, second: Any) -> Any:
+    (left,) = node("", "ConditioningSetArea")(first, 48, 128, 0, 0, 1.0)
+    (right,) = node("", "ConditioningSetArea")(second, 48, 128, 48, 0, 1.0)
+    return [left, right]
+
+
+def _in_turn(first: Any, second: Any) -> Any:
+    """ConditioningSetTimestepRange: one prompt for the first half of the run, another for the rest."""
+    ranges = ((first, 0.0, 0.5), (second, 0.5, 1.0))
+    return [cond for prompt, start, end in ranges for cond in node("", "ConditioningSetTimestepRange")(prompt, start, end)]
+
+
+def _controlled(first: Any, second: Any) -> Any:
+    """ControlNetApply with a tiny random control network, on the positive prompt."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.ops
+    from families import FAMILIES, randomise
+
+    unused = ("out_channels", "transformer_depth_output")
+    config = {key: value for key, value in FAMILIES["sd15"].unet.items() if key not in unused} | {"num_heads": 8}
+    network = comfy.cldm.cldm.ControlNet(hint_channels=3, dtype=torch.float32, operations=comfy.ops.disable_weight_init, **config)
+    randomise(network, 8)
+    control = comfy.controlnet.ControlNet(network.eval(), load_device=torch.device("cpu"), manual_cast_dtype=None)
+    hint = torch.rand(1, 128, 96, 3, generator=torch.Generator().manual_seed(6))
+    return node("", "ControlNetApply")(first, control, hint, 0.7)
+
+
+def _hooked(first: Any, second: Any) -> Any:
+    """A LoRA as a hook on the positive prompt only (CreateHookModelAsLora and its kin)."""
+    import comfy.hooks
+
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(7)) * 0.02
+    name = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    hook = comfy.hooks.WeightHook(strength_model=1.0, strength_clip=0.0)
+    hook.weights, hook.need_weight_init = {name: ("diff", (weight,))}, False
+    group = comfy.hooks.HookGroup()
+    group.add(hook)
+    return [[tensor, {**options, "hooks": group}] for tensor, options in first]
+
+
+def _windows(model: Any) -> Any:
+    import inspect
+
+    cls = import_module("comfy_extras.nodes_context_windows").ContextWindowsManualNode
+    values = {
+        "context_length": 1, "context_overlap": 0, "context_schedule": "standard_static", "context_stride": 1,
+        "closed_loop": False, "fuse_method": "pyramid", "dim": 2, "freenoise": False,
+    }  # fmt: skip
+    known = inspect.signature(cls.execute).parameters
+    return cls.execute(model, **{name: value for name, value in values.items() if name in known})[0]
+
+
+def _compiled(model: Any) -> Any:
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    patched = model.clone()
+    set_torch_compile_wrapper(patched, backend="eager")
+    return patched
+
+
+def _dual(model: Any, positive: Any, negative: Any, empty: Any) -> Any:
+    return node("custom_sampler", "DualCFGGuider")(model, positive, empty, negative, CFG, CFG, "regular")
+
+
+def _patching(name: str, module: str, cls: str, *values: Any, **named: Any) -> Neighbour:
+    """A node that takes a model, its settings, and gives a model."""
+    family, steady = named.pop("family", "sd15"), named.pop("steady", True)
+    return Neighbour(
+        name, module, lambda model: node(module, cls)(model, *values, **named), family=family, steady=steady
+    )  # fmt: skip
+
+
+NEIGHBOURS = (
+    Neighbour("Load LoRA", model=_lora),
+    Neighbour("Model Merge", "model_merging", _merged),
+    Neighbour("ControlNet", prompt=_controlled),
+    Neighbour("Combine, masks", prompt=_halves),
+    Neighbour("Combine, areas", prompt=_areas),
+    Neighbour("Combine, timestep ranges", prompt=_in_turn),
+    Neighbour("LoRA hooks on a prompt", "hooks", prompt=_hooked),
+    _patching("Differential Diffusion", "differential_diffusion", "DifferentialDiffusion"),
+    _patching("RescaleCFG", "model_advanced", "RescaleCFG", 0.7),
+    _patching("CFG-Zero*", "cfg", "CFGZeroStar"),
+    _patching("CFG Norm", "cfg", "CFGNorm", 1.0),
+    _patching("APG", "apg", "APG", 1.0, 5.0, 0.0),
+    _patching("Mahiro", "mahiro", "Mahiro"),
+    _patching("TCFG", "tcfg", "TCFG"),
+    _patching("Perturbed-Attention Guidance", "pag", "PerturbedAttentionGuidance", 3.0),
+    _patching("Self-Attention Guidance", "sag", "SelfAttentionGuidance", 0.5, 2.0),
+    _patching("Normalized Attention Guidance", "nag", "NAGuidance", 3.0, 0.5, 2.5),
+    _patching("Skip Layer Guidance", "slg", "SkipLayerGuidanceDiT", 3.0, 0.0, 1.0, "0", "", family="sd3"),
+    Neighbour("DualCFGGuider", "custom_sampler", guider=_dual),
+    Neighbour("PerpNegGuider", "perpneg", guider=lambda model, positive, negative, empty: node("perpneg", "PerpNegGuider")(
+        model, positive, negative, empty, CFG, 1.0
+    )),
+    Neighbour("BasicGuider", "custom_sampler", guider=lambda model, positive, negative, empty: node(
+        "custom_sampler", "BasicGuider"
+    )(model, positive)),
+    _patching("FreeU", "freelunch", "FreeU_V2", 1.1, 1.2, 0.9, 0.4),
+    _patching("Token Merging", "tomesd", "TomePatchModel", 0.5),
+    _patching("HyperTile", "hypertile", "HyperTile", 64, 2, 0, False),
+    _patching("Kohya Deep Shrink", "model_downscale", "PatchModelAddDownscale", 3, 2.0, 0.0, 0.35, True, "bicubic", "bicubic"),
+    _patching("EasyCache", "easycache", "EasyCacheNode", 0.2, 0.15, 0.95, False, steady=False),
+    _patching("LazyCache", "easycache", "LazyCacheNode", 0.2, 0.15, 0.95, False, steady=False),
+    Neighbour("Context Windows", "context_windows", _windows, family="wan_t2v"),
+    Neighbour("Torch Compile", "torch_compile", _compiled),
+)  # fmt: skip
+
+SLOW = NEIGHBOURS[-1:]  # a minute; the tests have one of their own for it
+
+
+# --- the table -----------------------------------------------------------------------------------------------------------
+
+
+class NeighbourTrial(Trial):
+    """A graph that has a neighbour in it already when the pack's nodes come."""
+
+    def __init__(self, family: Any, model: Any, log: Log, neighbour: Neighbour) -> None:
+        self.neighbour, self.steady = neighbour, neighbour.steady
+        super().__init__(family, neighbour.model(model), log)
+
+    def prompts(self) -> tuple[Any, Any, Any]:
+        positive, negative, null = super().prompts()
+        return self.neighbour.prompt(positive, self.family.conds(5)), negative, null
+
+    def guider(self, model: Any) -> Any:
+        if self.neighbour.guider is None:
+            return super().guider(model)
+        return self.neighbour.guider(model, self.positive, self.negative, self.null)
+
+    def excite(self) -> Cell:
+        return super().excite() if self.neighbour.guider is None else MAKES_GUIDERS
+
+    def t_gate_cell(self, done: list[str], said: str) -> Cell:
+        notes = said.partition("; ")[2]
+        if "cross-attention reused" in done and ("negative prompt skipped" in done or 1 not in self.asked) and not notes:
+            return WORKS
+        if "switched off" in said:
+            return Cell(Outcome.REFUSED, message=said)
+        return Cell(Outcome.PART, ", ".join(done), notes) if done and notes else super().t_gate_cell(done, said)
+
+
+def measure(neighbours: Sequence[Neighbour], told: Callable[[str], None] = lambda name: None) -> list[Line]:
+    """One line for each neighbour that the host has."""
+    from families import FAMILIES
+
+    load_pack()
+    lines = []
+    with quiet() as log:
+        for neighbour in neighbours:
+            with suppress(ImportError):
+                if neighbour.module:
+                    import_module(f"comfy_extras.nodes_{neighbour.module}")
+                told(neighbour.name)
+                family = FAMILIES[neighbour.family]
+                torch.manual_seed(0)  # ToMe and HyperTile draw from the global generator
+                cells = NeighbourTrial(family, family.build(), log, neighbour).cells()
+                lines.append(Line(neighbour.name, [], {name: cells[name] for name in COLUMNS}))
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python dev neighbours", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", metavar="WORD", help="only the nodes whose name has this in it")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/other-nodes.md")
+    arguments = parser.parse_args()
+    chosen = [neighbour for neighbour in NEIGHBOURS if arguments.only.lower() in neighbour.name.lower()]
+    if not chosen or (arguments.write and len(chosen) < len(NEIGHBOURS)):
+        parser.error("--only leaves nothing" if not chosen else "--write needs every node: leave out --only")
+    start_host(cpu=True)
+    torch.set_num_threads(1)
+    lines = measure(chosen, lambda name: print(name, file=sys.stderr))
+    table = render(lines, "node")
+    print(table)
+    if arguments.write:
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), table, BEGIN, END), encoding="utf-8")
+    faults = [text for line in lines for text in line.faults]
+    if faults:
+        sys.exit("\n".join(["", *faults]))
+
+
+if __name__ == "__main__":
+    main()
