@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from . import host
@@ -53,6 +54,16 @@ class Differentiable(TorchFunctionMode):
 def _with_copy(args: tuple[Any, ...]) -> tuple[Any, ...]:
     kept = args and isinstance(args[0], Tensor) and args[0].requires_grad and torch.is_grad_enabled()
     return (args[0].clone(), *args[1:]) if kept else args
+
+
+def saving_copies(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with copies of all that it saves for its gradient: FreeU writes to what it has just multiplied."""
+
+    def saving(*args: Any, **kwargs: Any) -> Any:
+        with saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda tensor: tensor):
+            return function(*args, **kwargs)
+
+    return saving
 
 
 def _ordinary_in(value: Any) -> Any:
@@ -175,7 +186,7 @@ def frozen_ops(network: nn.Module, *, adds_in_place: bool = False) -> Iterator[N
     the block; afterwards every module is as it was.
 
     Args:
-        adds_in_place: this call of a convolutional network adds to its feature maps in place (ControlNet's residuals).
+        adds_in_place: this call of a convolutional network changes its feature maps in place (ControlNet's residuals, FreeU).
     """
     replacements = []
     for module in network.modules():

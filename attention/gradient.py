@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import host
-from .frozen_ops import Differentiable, frozen_ops
+from .frozen_ops import Differentiable, frozen_ops, saving_copies
 from .host import ModelOptions, log
 from .placement import CallContext
 from .probabilities import AttentionInputs, attention_inputs
@@ -197,7 +197,7 @@ class ModelPass:
         self.base_model = base_model
         self.network = host.diffusion_model(base_model)
         self.layout = network_layout(self.network)
-        self.options = host.private_options(options, keeps_patches=keeps_patches)
+        self.options = host.with_wrapped_patches(host.private_options(options, keeps_patches=keeps_patches), saving_copies)
         self.layers = list(layers)
         self.memory = memory
         self.level = _Level.KEEP_ALL
@@ -257,7 +257,7 @@ class ModelPass:
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.enable_grad())
                 stack.enter_context(host.differentiable_kernels())
-                stack.enter_context(frozen_ops(self.network, adds_in_place=host.has_control(args)))
+                stack.enter_context(frozen_ops(self.network, adds_in_place=host.changes_features(args)))
                 for part in parts:
                     mine, others = [_rows(value, part, batch) for value in args[:-1]], _rows(kwargs, part, batch)
                     mine.append(host.apply_model_options(args))
@@ -280,7 +280,7 @@ class ModelPass:
         with ExitStack() as stack:
             options = stack.enter_context(self._watched(watch, host.apply_model_options(args)))
             if self.level != _Level.KEEP_ALL:
-                stack.enter_context(self._computed_again(watch, copies=host.has_control(args)))
+                stack.enter_context(self._computed_again(watch, copies=host.changes_features(args)))
             _forward(executor, host.with_apply_model_options([leaf, *args[1:]], options), kwargs)
             measurements = watch.close()
             if not measurements:

@@ -111,9 +111,9 @@ def apply_model_text(args: Sequence[Any], kwargs: Mapping[str, Any], name: str) 
     return args[_APPLY_MODEL_CONTEXT] if name == "c_crossattn" else kwargs.get(name)
 
 
-def has_control(args: Sequence[Any]) -> bool:
-    """Whether a ControlNet's residuals are added in this model call."""
-    return args[_APPLY_MODEL_CONTROL] is not None
+def changes_features(args: Sequence[Any]) -> bool:
+    """True where a model call's feature maps may be changed in place: by ControlNet's residuals, or by patches (FreeU)."""
+    return args[_APPLY_MODEL_CONTROL] is not None or bool(apply_model_options(list(args)).get("patches"))
 
 
 def latent_shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
@@ -211,6 +211,15 @@ def private_options(options: ModelOptions, *, keeps_patches: bool) -> ModelOptio
         transformer.pop(name, None)
     kept = {name: value for name, value in options.items() if name not in _FOREIGN_OPTIONS}
     return {**kept, "transformer_options": {**transformer, PRIVATE_PASS: True}}
+
+
+def with_wrapped_patches(options: ModelOptions, wrap: Callable[[Any], Any]) -> ModelOptions:
+    """The same options with ``wrap(patch)`` in place of every block patch of another node."""
+    transformer = options["transformer_options"]
+    if "patches" not in transformer:
+        return options
+    wrapped = {name: [wrap(patch) for patch in patches] for name, patches in transformer["patches"].items()}
+    return {**options, "transformer_options": {**transformer, "patches": wrapped}}
 
 
 def call_with_cond(

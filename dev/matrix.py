@@ -422,7 +422,8 @@ def gradients() -> Iterator[list[float]]:
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = measure(self, *args, **kwargs)
-        norms.append(float(found.latent.norm()) if found is not None else 0.0)
+        if found is not None:  # None: this prompt is not active at this step
+            norms.append(float(found.latent.norm()))
         return found
 
     ModelPass.gradient = watched  # type: ignore[method-assign]

@@ -93,8 +93,8 @@ def _areas(first: Any, second: Any) -> Any:
 
 
 def _in_turn(first: Any, second: Any) -> Any:
-    """ConditioningSetTimestepRange: one prompt for the first half of the run, another for the rest."""
-    ranges = ((first, 0.0, 0.5), (second, 0.5, 1.0))
+    """ConditioningSetTimestepRange: one prompt for the first steps, another for the rest."""
+    ranges = ((first, 0.0, 0.3), (second, 0.3, 1.0))
     return [cond for prompt, start, end in ranges for cond in node("", "ConditioningSetTimestepRange")(prompt, start, end)]
 
 

@@ -313,31 +313,51 @@ def test_out_of_memory_is_met_with_less_memory(gradient, sites):
     assert_same_gradient(gradient_of(gradient, sites, model, batch=2)[0], expected)
 
 
+class Residuals:
+    """What the host asks of a ControlNet's wrapper, with residuals that need no network."""
+
+    previous_controlnet = None
+    extra_hooks = None
+
+    def get_control(self, x, *args):
+        shapes = [(32, 16, 12), (32, 16, 12), (32, 8, 6), (64, 8, 6)]
+        residuals = [0.3 * torch.randn(len(x), *shape, generator=torch.Generator().manual_seed(1)) for shape in shapes]
+        return {"input": [], "middle": [0.2 * residuals[-1]], "output": [residual.double() for residual in residuals]}
+
+
+def with_residuals(cond, options):
+    return {**cond, "control": Residuals()}, options
+
+
+def with_a_patch(cond, options):
+    """FreeU's way: half of the channels are written to, after what is in them was used."""
+
+    def patch(h, skip, transformer_options):
+        h[:, : h.shape[1] // 2] = h[:, : h.shape[1] // 2] * (1 + h.mean(1, keepdim=True).tanh())
+        skip *= 0.8
+        return h, skip
+
+    transformer = {**options["transformer_options"], "patches": {"output_block_patch": [patch]}}
+    return cond, {**options, "transformer_options": transformer}
+
+
+@pytest.mark.parametrize("changed", [with_residuals, with_a_patch])
 @pytest.mark.parametrize("memory", MEMORY)
-def test_residuals_that_are_added_in_place(gradient, sites, memory):
-    """ControlNet's: they change feature maps that were kept for the gradient before."""
-
-    class Control:
-        """What the host asks of a ControlNet's wrapper, with residuals that need no network."""
-
-        previous_controlnet = None
-        extra_hooks = None
-
-        def get_control(self, x, *args):
-            shapes = [(32, 16, 12), (32, 16, 12), (32, 8, 6), (64, 8, 6)]
-            residuals = [0.3 * torch.randn(len(x), *shape, generator=torch.Generator().manual_seed(1)) for shape in shapes]
-            return {"input": [], "middle": [0.2 * residuals[-1]], "output": [residual.double() for residual in residuals]}
-
+def test_feature_maps_that_are_changed_in_place(gradient, sites, memory, changed):
+    """They were kept for the gradient before."""
     model = in_precision(unet(), torch.float64)
     layers = watched_layers(sites, model)
 
     def body(base_model, cond, x, sigma, options):
-        x, cond = x.double(), {**cond, "control": Control()}
-        passes = gradient.ModelPass(base_model, options, layers, gradient.Memory(memory))
-        found = passes.gradient(cond, x, sigma, MapsAndOutputs())
-        plain = passes.gradient({key: value for key, value in cond.items() if key != "control"}, x, sigma, MapsAndOutputs())
+        x = x.double()
+        (changed_cond, changed_options), asked = changed(cond, options), (x, sigma, MapsAndOutputs())
+        passes = gradient.ModelPass(base_model, changed_options, layers, gradient.Memory(memory))
+        found = passes.gradient(changed_cond, *asked)
+        plain = gradient.ModelPass(base_model, options, layers, gradient.Memory(memory)).gradient(cond, *asked)
         direction, step = found.latent / found.latent.norm(), 2e-4 * x.norm()
-        ahead, behind = (passes.gradient(cond, x + sign * step * direction, sigma, MapsAndOutputs()).loss for sign in (1, -1))
+        ahead, behind = (
+            passes.gradient(changed_cond, x + sign * step * direction, sigma, MapsAndOutputs()).loss for sign in (1, -1)
+        )
         return ((ahead - behind) / (2 * step)).item(), found.latent.norm().item(), (found.loss - plain.loss).abs().item()
 
     slope, norm, effect = during_sampling(FAMILIES["sd15"], model, body)
