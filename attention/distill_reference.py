@@ -26,6 +26,7 @@ from .sites import CaptureLayer
 
 # Kept for all models together, in system memory: 50 steps of one reference are 1.1 GB (SD1.5, 512 px) or 3 GB (SDXL, 1024 px).
 MAX_CACHE_BYTES = 4 * 1024**3
+MAX_IDLE_RUNS = 8
 
 
 class Purpose(IntEnum):
@@ -62,7 +63,7 @@ class _Entry:
 
 
 class FeatureCache:
-    """Keys and values by model; they go with the model, or where memory gets short."""
+    """Keys and values by model; they go with the model, where memory gets short, or when some runs did without them."""
 
     def __init__(self, limit: float = MAX_CACHE_BYTES) -> None:
         self.limit = limit
@@ -72,6 +73,9 @@ class FeatureCache:
     def begin_run(self) -> None:
         """What is stored or used from now on is not given up before what no run since has used."""
         self.run += 1
+        for model, key, entry in self._entries():
+            if entry.used < self.run - MAX_IDLE_RUNS:
+                del self._models[model][key]
         self._make_room(0)
 
     def get(self, model: Any, key: Any) -> Stored | None:

@@ -111,7 +111,7 @@ def make_thumbnail(workflow: Path, pictures: dict[Path, str]) -> None:
 
     target = workflow.with_suffix(".jpg")
     thumbnail.make_thumbnail(list(pictures), list(pictures.values()), target)
-    print(f"Thumbnail: {target}", flush=True)
+    print(f"Thumbnail: {target}\n  to drag onto the canvas: {thumbnail.carry_workflow(workflow)}", flush=True)
 
 
 def _stop(number: int, frame: object) -> NoReturn:

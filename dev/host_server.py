@@ -30,6 +30,7 @@ from typing import Any
 DEV = Path(__file__).resolve().parent
 ROOT = DEV.parent
 CHECKPOINT = DEV / "scenes" / "fovea-scenes.safetensors"
+DIT_CHECKPOINT = DEV / "scenes" / "fovea-scenes-dit.safetensors"
 DEMO_NODES = DEV / "host_nodes" / "fovea_demo_model"
 PACK_FOLDER = "fovea-attention"  # the folder name a user gets from the registry
 ADDRESS = "127.0.0.1"
@@ -106,11 +107,12 @@ def link(source: Path, target: Path) -> None:
 
 
 def furnish(base: Path) -> None:
-    """Fill the server's base folder: the pack, the embedded model and what loads it."""
+    """Fill the server's base folder: the pack, the embedded models and what loads them."""
     link(ROOT, base / "custom_nodes" / PACK_FOLDER)
     for source, target in (
         (DEMO_NODES, base / "custom_nodes" / DEMO_NODES.name),
         (CHECKPOINT, base / "models" / "checkpoints" / CHECKPOINT.name),
+        (DIT_CHECKPOINT, base / "models" / "diffusion_models" / DIT_CHECKPOINT.name),
     ):
         if source.exists():
             link(source, target)

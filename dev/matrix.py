@@ -173,6 +173,7 @@ class Trial:
     """One family with one model, on which the nodes are tried in turn."""
 
     steady = True  # every step asks the model for each prompt equally often
+    noise_mask: Tensor | None = None
 
     def __init__(self, family: Any, model: Any, log: Log) -> None:
         from fovea_attention.attention import host, sites
@@ -246,7 +247,9 @@ class Trial:
         with torch.inference_mode():
             noise = comfy.sample.prepare_noise(latent, 3)
             guider = guider or self.guider(self.model)
-            return guider.sample(noise, latent, sampler, self.sigmas(steps), disable_pbar=True, seed=3)
+            return guider.sample(
+                noise, latent, sampler, self.sigmas(steps), denoise_mask=self.noise_mask, disable_pbar=True, seed=3
+            )
 
     @staticmethod
     def picture(latent: Any) -> Tensor:
@@ -384,10 +387,11 @@ class Trial:
 
         generator = torch.Generator().manual_seed(9)
         reference = torch.randn(self.picture(self.family.latent()).shape, generator=generator)
+        mask = {} if self.noise_mask is None else {"noise_mask": self.noise_mask}
         with torch.inference_mode():
             output, denoised, report = self.nodes["AttentionDistillSampler"].execute(
                 Noise(), self.guider(self.model), comfy.samplers.sampler_object("euler"), self.sigmas(STEPS),
-                {"samples": self.latent()}, {"samples": reference}, self.null, iterations=2, end_at=1 / STEPS,
+                {"samples": self.latent(), **mask}, {"samples": reference}, self.null, iterations=2, end_at=1 / STEPS,
             ).args  # fmt: skip
         steps = json.loads(report)["steps"]
         if not (output["samples"].isfinite().all() and self.moved(output["samples"]) and len(steps) == 1):

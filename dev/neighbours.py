@@ -45,6 +45,7 @@ class Neighbour:
         guider: the guider it makes of a model and three prompts.
         family: on which it is tried.
         steady: every step asks the model as often as the last.
+        masked: only a part of the latent is sampled.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Neighbour:
     guider: Callable[[Any, Any, Any, Any], Any] | None = None
     family: str = "sd15"
     steady: bool = True
+    masked: bool = False
 
 
 # --- the nodes -----------------------------------------------------------------------------------------------------------
@@ -147,16 +149,26 @@ def _compiled(model: Any) -> Any:
     return patched
 
 
+def _split(model: Any) -> Any:
+    """MultiGPU CFG Split, with a clone on the CPU in place of a second GPU: the host runs each in a thread of its own."""
+    from families import FAMILIES
+
+    model.cached_patcher_init = (FAMILIES["sd15"].build, ())
+    clone = model.deepclone_multigpu(new_load_device=torch.device("cpu", 0))
+    clone.is_multigpu_base_clone = True
+    patched = model.clone()
+    patched.set_additional_models("multigpu", [clone])
+    patched.match_multigpu_clones()
+    return patched
+
+
 def _dual(model: Any, positive: Any, negative: Any, empty: Any) -> Any:
     return node("custom_sampler", "DualCFGGuider")(model, positive, empty, negative, CFG, CFG, "regular")
 
 
-def _patching(name: str, module: str, cls: str, *values: Any, **named: Any) -> Neighbour:
+def _patching(name: str, module: str, cls: str, *values: Any, **graph: Any) -> Neighbour:
     """A node that takes a model, its settings, and gives a model."""
-    family, steady = named.pop("family", "sd15"), named.pop("steady", True)
-    return Neighbour(
-        name, module, lambda model: node(module, cls)(model, *values, **named), family=family, steady=steady
-    )  # fmt: skip
+    return Neighbour(name, module, lambda model: node(module, cls)(model, *values), **graph)
 
 
 NEIGHBOURS = (
@@ -167,7 +179,8 @@ NEIGHBOURS = (
     Neighbour("Combine, areas", prompt=_areas),
     Neighbour("Combine, timestep ranges", prompt=_in_turn),
     Neighbour("LoRA hooks on a prompt", "hooks", prompt=_hooked),
-    _patching("Differential Diffusion", "differential_diffusion", "DifferentialDiffusion"),
+    Neighbour("Set Latent Noise Mask", masked=True),
+    _patching("Differential Diffusion", "differential_diffusion", "DifferentialDiffusion", masked=True),
     _patching("RescaleCFG", "model_advanced", "RescaleCFG", 0.7),
     _patching("CFG-Zero*", "cfg", "CFGZeroStar"),
     _patching("CFG Norm", "cfg", "CFGNorm", 1.0),
@@ -192,6 +205,7 @@ NEIGHBOURS = (
     _patching("EasyCache", "easycache", "EasyCacheNode", 0.2, 0.15, 0.95, False, steady=False),
     _patching("LazyCache", "easycache", "LazyCacheNode", 0.2, 0.15, 0.95, False, steady=False),
     Neighbour("Context Windows", "context_windows", _windows, family="wan_t2v"),
+    Neighbour("MultiGPU CFG Split", "multigpu", _split),
     Neighbour("Torch Compile", "torch_compile", _compiled),
 )  # fmt: skip
 
@@ -206,6 +220,8 @@ class NeighbourTrial(Trial):
 
     def __init__(self, family: Any, model: Any, log: Log, neighbour: Neighbour) -> None:
         self.neighbour, self.steady = neighbour, neighbour.steady
+        if neighbour.masked:
+            self.noise_mask = torch.linspace(0, 1, family.size[1]).expand(1, 1, *family.size)
         super().__init__(family, neighbour.model(model), log)
 
     def prompts(self) -> tuple[Any, Any, Any]:

@@ -434,6 +434,19 @@ def test_the_cache_is_bounded_and_keeps_what_this_run_uses(features):
     assert cache.bytes == 0
 
 
+def test_the_cache_forgets_what_no_run_has_used_for_long(features):
+    model, cache = torch.nn.Identity(), features.FeatureCache()
+    cache.begin_run()
+    for key in ("old", "used again"):
+        cache.put(model, key, {("a", 0): (torch.zeros(5), torch.zeros(5))})
+    for _ in range(features.MAX_IDLE_RUNS):
+        cache.begin_run()
+        assert cache.get(model, "used again") is not None
+    assert cache.bytes == 80
+    cache.begin_run()
+    assert cache.bytes == 40 and cache.get(model, "old") is None
+
+
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "flux", "sd3", "sd35_medium", "pixart", "qwen_image", "z_image"])
 @pytest.mark.parametrize("memory", ["fast", "low"])
 def test_the_content_compared_with_itself_is_equal_bit_for_bit(node, name, memory):

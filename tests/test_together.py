@@ -7,18 +7,23 @@ passes run on clean options; capture sees the sampling passes only.
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
+from pathlib import Path
 
 import comfy.model_management
 import pytest
 import torch
 from test_distill import FAMILY, NEGATIVE, POSITIVE, guider_of, plain, run
 from test_tgate_leaves_nothing import snapshot
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["distill", "features", "fresh_cache", "node"]
 from test_distill import distill, features, fresh_cache, node
 
 STEPS, GATE = 5, 3
+TORCH = str(Path(torch.__file__).parent)
+OURS = str(Path(__file__).resolve().parent.parent / "attention")
 INTERRUPT = comfy.model_management.InterruptProcessingException
 BRIEF = {"iterations": 1, "learning_rate": 0.02}
 EXCITE = {"subjects": "2, 5", "guide_until": 0.4, "thresholds": "0:0.05", "max_refinements": 2}
@@ -170,3 +175,57 @@ def test_a_fault_anywhere_leaves_nothing(node, model, gate, capture, excite, fea
     del guider, maps, fault  # whose error holds the frames it came through
     gc.collect()
     assert gone() is None
+
+
+class OutOfMemory(TorchDispatchMode):
+    """Every operation that a function of the pack asks for by itself is one where memory may run out: all are noted, and at
+    the first one of ``at`` it does."""
+
+    def __init__(self, at: tuple[str, str] | None = None) -> None:
+        super().__init__()
+        self.at, self.raised, self.sites = at, False, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        site = None if self.raised else self._site()
+        if site is not None:
+            self.sites.setdefault(site)
+            if site == self.at and not self.raised:
+                self.raised = True
+                raise comfy.model_management.OOM_EXCEPTION("no memory left")
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _site() -> tuple[str, str] | None:
+        """File and function of the pack whose line it is, or None where it is the host's or torch's own business."""
+        frame = sys._getframe(2)
+        while frame is not None and frame.f_code.co_filename.startswith(TORCH):
+            frame = frame.f_back
+        inside = frame is not None and frame.f_code.co_filename.startswith(OURS)
+        return (Path(frame.f_code.co_filename).stem, frame.f_code.co_name) if inside else None
+
+
+@pytest.mark.newest
+@pytest.mark.slow
+def test_out_of_memory_anywhere_leaves_nothing(node, model, gate, capture, excite, features):
+    """Handled with less memory, or the host's own error; in either case nothing is left, and the next run is right."""
+
+    def chain():
+        features.CACHE.clear()
+        return run(node, model, guider=whole(model, gate, capture, excite)[0], steps=STEPS, **BRIEF)[0]
+
+    expected, alone = chain(), plain(model, steps=STEPS)
+    before = snapshot(model)
+    with OutOfMemory() as watched:
+        chain()
+    assert {"tgate", "excite", "recorder", "gradient", "distill", "distill_reference"} <= {file for file, _ in watched.sites}
+    for site in watched.sites:
+        with OutOfMemory(site) as short:
+            try:
+                torch.testing.assert_close(chain(), expected, rtol=1e-4, atol=1e-4)
+            except comfy.model_management.OOM_EXCEPTION as error:
+                assert "no memory left" in str(error)
+        assert short.raised, site
+        assert snapshot(model) == before, site
+        assert not torch.is_inference_mode_enabled()
+    assert torch.equal(plain(model, steps=STEPS), alone)
+    assert torch.equal(chain(), expected)
