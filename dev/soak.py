@@ -65,10 +65,10 @@ def shuffled(prompt: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 
 def with_wrong_word(prompt: dict[str, Any]) -> bool:
-    """Ask for a word that is not in the prompt, where a node takes words."""
+    """Ask for a word that is not in the prompt, where a node looks at words."""
     for node in prompt.values():
         name = {"AttnMapPreview": "words", "AttendExciteGuider": "subjects"}.get(node["class_type"])
-        if name:
+        if name and node["inputs"].get("view") != "self-attention":
             node["inputs"][name] = WRONG_WORD
             return True
     return False

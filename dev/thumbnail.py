@@ -9,6 +9,7 @@ was edited by hand:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,17 +22,33 @@ TO_DRAG = Path(__file__).resolve().parent.parent / "docs" / "workflows"
 
 
 def make_thumbnail(pictures: Sequence[Path], captions: Sequence[str], target: Path) -> None:
-    """Pictures side by side with their captions, centred in a square."""
+    """Pictures in a square with their captions: a column for each caption, or a grid where all have the same."""
+    groups: dict[str, list[Path]] = {}
+    for path, caption in zip(pictures, captions, strict=True):
+        groups.setdefault(caption, []).append(path)
+    if len(groups) == 1:
+        wide = math.ceil(math.sqrt(len(pictures)))
+        columns = [list(pictures[column::wide]) for column in range(wide)]
+    else:
+        columns = list(groups.values())
+    rows = max(map(len, columns))
+    side = min((SIDE - MARGIN) // len(columns), (SIDE - CAPTION - MARGIN) // rows) - MARGIN
+    left = (SIDE - len(columns) * (side + MARGIN) + MARGIN) // 2
+    top = (SIDE - rows * (side + MARGIN) + MARGIN - CAPTION) // 2
     sheet = Image.new("RGB", (SIDE, SIDE), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(20)
-    side = (SIDE - MARGIN * (len(pictures) + 1)) // len(pictures)
-    top = (SIDE - side - CAPTION) // 2
-    for index, (path, caption) in enumerate(zip(pictures, captions, strict=True)):
-        left = MARGIN + index * (side + MARGIN)
-        with Image.open(path) as picture:
-            sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (left, top))
-        draw.text((left + side // 2, top + side + CAPTION // 2), caption, fill=TEXT, font=font, anchor="mm")
+    for across, column in enumerate(columns):
+        for down, path in enumerate(column):
+            with Image.open(path) as picture:
+                small = picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+                sheet.paste(small, (left + across * (side + MARGIN), top + down * (side + MARGIN)))
+    share = SIDE // len(groups)
+    for index, caption in enumerate(groups):
+        middle = left + index * (side + MARGIN) + side // 2 if len(groups) > 1 else SIDE // 2
+        font = ImageFont.load_default(20)
+        while font.getlength(caption) > share - MARGIN and font.size > 9:
+            font = ImageFont.load_default(font.size - 1)
+        draw.text((middle, top + rows * (side + MARGIN) + CAPTION // 2 - MARGIN), caption, fill=TEXT, font=font, anchor="mm")
     sheet.save(target, quality=88)
 
 
