@@ -224,16 +224,22 @@ def test_translations_reach_the_browser(server: HostServer, node_classes: dict[s
 # ------------------------------------------------------------------------------------------ frozen schemas
 
 
+def choices(options: list[str]) -> list[str]:
+    """What an input offers on every machine: files are this one's own."""
+    return [option for option in options if not option.endswith((".safetensors", ".pt"))]
+
+
 def summary(info: dict[str, Any]) -> dict[str, Any]:
     """What saved workflows rely on: ids, order, types, defaults, ranges and options."""
-    kept = ("default", "min", "max", "step", "options", "multiline", "control_after_generate")
+    kept = ("default", "min", "max", "step", "multiline", "control_after_generate")
+    inputs = []
+    for name, section, kind, options in inputs_of(info):
+        known = {"id": name, "section": section, "type": kind if isinstance(kind, str) else "COMBO"}
+        known |= {key: options[key] for key in kept if key in options}
+        offered = kind if isinstance(kind, list) else options.get("options")
+        inputs.append(known | ({} if offered is None else {"options": choices(offered)}))
     return {
-        "inputs": [
-            {"id": name, "section": section, "type": kind if isinstance(kind, str) else "COMBO"}
-            | {key: options[key] for key in kept if key in options}
-            | ({"options": kind} if isinstance(kind, list) else {})
-            for name, section, kind, options in inputs_of(info)
-        ],
+        "inputs": inputs,
         "outputs": [{"type": kind, "name": name} for kind, name in zip(info["output"], info["output_name"], strict=True)],
         "output_node": info["output_node"],
     }
