@@ -189,6 +189,7 @@ def model():
     return small_model()
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", [name for name in comfy.samplers.SAMPLER_NAMES if name not in REFUSED])
 def test_an_update_at_the_first_step_equals_starting_from_the_moved_noise(guider, model, name):
     sigmas, noise = schedule(model), noise_of()

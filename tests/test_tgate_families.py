@@ -47,6 +47,7 @@ def reference_picture(family: Family, model, **schedule):
         reference.remove()
 
 
+@pytest.mark.newest
 @separate
 @pytest.mark.parametrize("settings", [{"sp_interval": 1}, {"sp_interval": 2, "fi_interval": 2, "warm_up": 0}], ids=["v1", "v2"])
 def test_separate_cross_attention_is_reused(tgate, caplog, family, settings):
@@ -106,6 +107,7 @@ def _kinds(family: Family, model) -> list[str]:
     return [WITH_CROSS_ATTENTION[family.name][name] for name in names if name in WITH_CROSS_ATTENTION[family.name]]
 
 
+@pytest.mark.newest
 @joint
 def test_joint_attention_only_loses_the_negative_prompt(tgate, caplog, family):
     caplog.set_level("INFO", logger="fovea")

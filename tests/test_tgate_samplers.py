@@ -27,6 +27,7 @@ def model():
     return small_model()
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("sampler", sorted(set(comfy.samplers.SAMPLER_NAMES) - ADAPTIVE - JUMPS))
 def test_every_sampler_equals_the_reference(node_classes, caplog, model, sampler):
     caplog.set_level("INFO", logger="fovea")
