@@ -197,7 +197,7 @@ class Trial:
 
     def prompts(self) -> tuple[Any, Any, Any]:
         """Positive, negative and empty prompt."""
-        return tuple(self.family.conds(seed) for seed in (1, 2, 7))  # type: ignore[return-value]
+        return self.family.conds(1), self.family.conds(2), self.family.conds(7)
 
     # Counting
 

@@ -45,9 +45,11 @@ def make_thumbnail(pictures: Sequence[Path], captions: Sequence[str], target: Pa
     share = SIDE // len(groups)
     for index, caption in enumerate(groups):
         middle = left + index * (side + MARGIN) + side // 2 if len(groups) > 1 else SIDE // 2
-        font = ImageFont.load_default(20)
-        while font.getlength(caption) > share - MARGIN and font.size > 9:
-            font = ImageFont.load_default(font.size - 1)
+        font = next(
+            font
+            for size in range(20, 0, -1)
+            if (font := ImageFont.load_default(size)).getlength(caption) <= share - MARGIN or size < 9
+        )
         draw.text((middle, top + rows * (side + MARGIN) + CAPTION // 2 - MARGIN), caption, fill=TEXT, font=font, anchor="mm")
     sheet.save(target, quality=88)
 
