@@ -17,7 +17,7 @@ from . import host
 from .distill_losses import MAX_LABELS, Regions, labels_of
 from .gradient import Memory
 from .layer_names import parse_layers
-from .sites import CaptureLayer, capture_layers, layer_grid, network_layout
+from .sites import CaptureLayer, capture_layers, check_differentiable, layer_grid, network_layout
 from .stepping import sampler_name
 
 
@@ -98,11 +98,7 @@ def distilled_layers(network: torch.nn.Module, text: str = "") -> list[CaptureLa
             "SD1.5, SD2, SDXL and Flux, and as an experiment with the other models that Capture Attention Maps can show."
         )
     layout = network_layout(network)
-    if layout is not None and not layout.differentiable:
-        raise ValueError(
-            f"Attention Distillation cannot work with {type(network).__name__}: this model keeps keys and values between its "
-            "calls, so no gradient can be taken through it. Use another model."
-        )
+    check_differentiable(network, "Attention Distillation")
     if text.strip():
         names = set(parse_layers(text, list(dict.fromkeys(layer.name for layer in layers))))
         return [layer for layer in layers if layer.name in names]

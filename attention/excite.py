@@ -25,7 +25,7 @@ from . import host
 from .excite_losses import ExciteObjective, GuidedPrompt, LossSettings, Subject
 from .gradient import Gradient, Memory, ModelPass
 from .host import log
-from .sites import CaptureLayer, capture_layers, layer_grid, network_layout
+from .sites import CaptureLayer, capture_layers, check_differentiable, layer_grid, network_layout
 from .stepping import check_sampler, seen_by_the_model, with_steps
 from .tokens import METADATA, TokenMap, UnknownEncoder, prompt_infos
 
@@ -200,11 +200,7 @@ def check_network(network: torch.nn.Module) -> None:
             f"Attend-and-Excite cannot guide {type(network).__name__}: it is not known where this model looks at its text. "
             "Use a U-Net (SD1.5, SD2, SDXL), PixArt, HunyuanDiT, SD3, Flux, Lumina 2 or Qwen-Image model."
         )
-    if not layout.differentiable:
-        raise ValueError(
-            f"Attend-and-Excite cannot guide {type(network).__name__}: this model keeps keys and values between its calls, so "
-            "no gradient can be taken through it. Use another model."
-        )
+    check_differentiable(network, "Attend-and-Excite")
     if not any(layer.kind in ("cross", "joint") for layer in capture_layers(network)):
         raise ValueError(
             f"Attend-and-Excite cannot guide {type(network).__name__}: this model has no attention to text (it draws classes, "

@@ -96,12 +96,12 @@ def run_state(options: ModelOptions | TransformerOptions, key: str) -> Any:
 # --- reading a call -------------------------------------------------------------------------------------------------
 
 
-def apply_model_options(args: tuple[Any, ...] | list[Any]) -> TransformerOptions:
+def apply_model_options(args: Sequence[Any]) -> TransformerOptions:
     """transformer_options among the positional arguments of an APPLY_MODEL wrapper."""
     return args[_APPLY_MODEL_OPTIONS]
 
 
-def with_apply_model_options(args: tuple[Any, ...] | list[Any], options: TransformerOptions) -> list[Any]:
+def with_apply_model_options(args: Sequence[Any], options: TransformerOptions) -> list[Any]:
     """The same arguments with other transformer_options."""
     return [*args[:_APPLY_MODEL_OPTIONS], options, *args[_APPLY_MODEL_OPTIONS + 1 :]]
 
@@ -113,7 +113,7 @@ def apply_model_text(args: Sequence[Any], kwargs: Mapping[str, Any], name: str) 
 
 def changes_features(args: Sequence[Any]) -> bool:
     """True where a model call's feature maps may be changed in place: by ControlNet's residuals, or by patches (FreeU)."""
-    return args[_APPLY_MODEL_CONTROL] is not None or bool(apply_model_options(list(args)).get("patches"))
+    return args[_APPLY_MODEL_CONTROL] is not None or bool(apply_model_options(args).get("patches"))
 
 
 def latent_shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
@@ -456,12 +456,13 @@ def check_interrupted() -> None:
 
 
 class Progress:
-    """The progress bar of the running node, for what happens inside one of its steps."""
+    """The progress bar of the running node, for what happens inside one of its steps; moving it ends a cancelled run."""
 
     def __init__(self, steps: int) -> None:
         self.bar = comfy.utils.ProgressBar(steps)
 
     def show(self, step: float) -> None:
+        check_interrupted()
         self.bar.update_absolute(step)
 
 

@@ -356,6 +356,16 @@ def unknown_network_message(network: torch.nn.Module) -> str:
     )
 
 
+def check_differentiable(network: torch.nn.Module, technique: str) -> None:
+    """Raises ``ValueError`` where ``technique`` needs a gradient and none can be taken through the network."""
+    layout = network_layout(network)
+    if layout is not None and not layout.differentiable:
+        raise ValueError(
+            f"{technique} cannot work with {type(network).__name__}: this model keeps keys and values between its calls, so no "
+            "gradient can be taken through it. Use another model."
+        )
+
+
 def capture_layers(network: torch.nn.Module) -> list[CaptureLayer]:
     """Every layer that can be recorded, in the network's order; a cross-attention block gives a "self" and a "cross" one."""
     layout = network_layout(network)

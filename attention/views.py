@@ -7,7 +7,7 @@ mask for each picture and word (picture by picture, in the order of the words), 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from .chart import Marker, Plot, Series, line_chart
 from .colormaps import colorize, word_color
+from .host import Progress
 from .maps import AttnMaps
 from .render import (
     BACKGROUND,
@@ -100,7 +101,7 @@ class Preview:
 
 
 def preview(maps: AttnMaps, images: torch.Tensor, request: Request) -> Preview:
-    """Draw one view of the maps for a batch of pictures (pictures, height, width, 3)."""
+    """Draw one view of the maps for a batch of pictures (pictures, height, width, 3), with progress; it can be cancelled."""
     images = images[..., :3].float().cpu()
     sources = pair(maps, images, request.prompt)
     if request.view is View.SELF_ATTENTION:
@@ -190,11 +191,16 @@ def _word_view(
     drawn: list[Drawn] = []
     masks = torch.empty(len(images) * len(words), *images.shape[1:3])
     figures = []
+    progress = Progress(len(images))
     for index, (source, image) in enumerate(zip(sources, images, strict=True)):
+        progress.show(index)
         heats = source.heats(words)
         picture = _Picture(index, len(images), image, source, words, heats, scales(heats, request.normalize))
-        drawn += [Drawn(figure, index) for figure in draw(picture, request)]
+        for at, figure in enumerate(draw(picture, request), 1):
+            drawn.append(Drawn(figure, index))
+            progress.show(index + at / len(words) / 2)
         for at, (heat, scale) in enumerate(zip(heats, picture.scales, strict=True)):
+            progress.show(index + 0.5 + at / len(words) / 2)
             masks[index * len(words) + at] = scale.apply(resize_heat(heat, picture.size))
         figures.append({"picture": index + 1, "words": [_figures(picture, at, request) for at in range(len(words))]})
     return drawn, masks, figures
@@ -242,7 +248,7 @@ def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _overlays(picture: _Picture, request: Request) -> list[Figure]:
+def _overlays(picture: _Picture, request: Request) -> Iterator[Figure]:
     """One picture for each word."""
     figures = picture.count * len(picture.words)
     longest = max(picture.size)
@@ -251,28 +257,24 @@ def _overlays(picture: _Picture, request: Request) -> list[Figure]:
     about = picture.about(
         _plural(len(picture.source.steps(picture.words)), "step"), _plural(len(picture.source.maps.layers), "layer")
     )
-    return [
-        captioned(blend(shown, scale.apply(heat), request.style), word.name, about, scale, request.style)
-        for word, heat, scale in zip(picture.words, picture.heats, picture.scales, strict=True)
-    ]
+    for word, heat, scale in zip(picture.words, picture.heats, picture.scales, strict=True):
+        yield captioned(blend(shown, scale.apply(heat), request.style), word.name, about, scale, request.style)
 
 
-def _strips(picture: _Picture, request: Request) -> list[Figure]:
+def _strips(picture: _Picture, request: Request) -> Iterator[Figure]:
     """One film strip for each word; all its frames share a colour scale."""
     source = picture.source
     steps = chosen_steps(source.steps(picture.words), _FRAMES)
     rows = [[source.step_heat(word, step) for step in steps] for word in picture.words]
     shared = scales([torch.stack(row) for row in rows], request.normalize)
     frame = resize_picture(picture.image, fitted(picture.image, _FRAME_SIDE))
-    figures = []
     for word, row, scale in zip(picture.words, rows, shared, strict=True):
         cells = [
             Cell(blend(frame, scale.apply(heat), request.style), f"step {step + 1}", f"sigma {source.maps.sigmas[step]:.3g}")
             for step, heat in zip(steps, row, strict=True)
         ]
         about = picture.about(f"{len(steps)} of {_plural(source.maps.steps, 'step')}")
-        figures.append(strip(cells, word.name, about, scale, request.style))
-    return figures
+        yield strip(cells, word.name, about, scale, request.style)
 
 
 def chosen_steps(steps: Sequence[int], most: int) -> list[int]:
@@ -282,24 +284,22 @@ def chosen_steps(steps: Sequence[int], most: int) -> list[int]:
     return [steps[round(at * (len(steps) - 1) / (most - 1))] for at in range(most)]
 
 
-def _layers(picture: _Picture, request: Request) -> list[Figure]:
+def _layers(picture: _Picture, request: Request) -> Iterator[Figure]:
     """Layers by words, or, where single heads were kept, layers by heads for each word."""
     source, layers = picture.source, picture.source.maps.layers
     most_heads = max(source.maps.heads(layer) for layer in layers)
-    figures = []
     if most_heads > 1:
         names = ["mean", *(f"head {head + 1}" for head in range(min(most_heads, _HEADS)))]
         for word in picture.words:
             table = [
                 [source.layer_heat(word, layer, head) for head in _head_columns(source.maps.heads(layer))] for layer in layers
             ]
-            figures.append(_table(table, layers, names, word.name, picture, request))
+            yield _table(table, layers, names, word.name, picture, request)
     else:
         for start in range(0, len(picture.words), _COLUMNS):
             words = picture.words[start : start + _COLUMNS]
             table = [[source.layer_heat(word, layer) for word in words] for layer in layers]
-            figures.append(_table(table, layers, [word.name for word in words], "Layers", picture, request))
-    return figures
+            yield _table(table, layers, [word.name for word in words], "Layers", picture, request)
 
 
 def _head_columns(heads: int) -> list[int | None]:
@@ -333,7 +333,7 @@ def _table(
     return grid([[cell(heat) for heat in line] for line in table], rows, columns, title, picture.about(about[request.normalize]))
 
 
-def _segments(picture: _Picture, request: Request) -> list[Figure]:
+def _segments(picture: _Picture, request: Request) -> Iterator[Figure]:
     """Each place in the colour of the word that looks there most."""
     size = fitted(picture.image, max(*picture.size, MIN_SIDE))
     heats = torch.stack([scale.apply(resize_heat(heat, size)) for heat, scale in zip(picture.heats, picture.scales, strict=True)])
@@ -342,10 +342,10 @@ def _segments(picture: _Picture, request: Request) -> list[Figure]:
     labels = torch.where(most >= threshold, labels, -1)
     shares = [f"{100 * float((labels == index).float().mean()):.0f} %" for index in range(len(picture.words))]
     title = picture.about(f"heat of at least {threshold:g}" if threshold > 0 else "every place")
-    return [segments(picture.image, labels, [word.name for word in picture.words], shares, request.style, title)]
+    yield segments(picture.image, labels, [word.name for word in picture.words], shares, request.style, title)
 
 
-def _convergence(picture: _Picture, request: Request) -> list[Figure]:
+def _convergence(picture: _Picture, request: Request) -> Iterator[Figure]:
     """How each word settles, with the step at which T-GATE would stop looking."""
     changes: list[Series] = []
     masses: list[Series] = []
@@ -357,7 +357,7 @@ def _convergence(picture: _Picture, request: Request) -> list[Figure]:
             lines.append(Series(word.name, word_color(index), points))
     plots = [Plot("change from one step to the next", changes), Plot("share of all attention", masses)]
     about = picture.about(_plural(maps.steps, "step"))
-    return [line_chart(plots, "Convergence", about, "step", (1, max(maps.steps, 2)), [_gate(maps, request)])]
+    yield line_chart(plots, "Convergence", about, "step", (1, max(maps.steps, 2)), [_gate(maps, request)])
 
 
 def _gate(maps: AttnMaps, request: Request) -> Marker:
@@ -367,7 +367,7 @@ def _gate(maps: AttnMaps, request: Request) -> Marker:
     return Marker(step + 0.5, "T-GATE gate" if opened is not None else "T-GATE gate (default)")
 
 
-_DRAWERS: dict[View, Callable[[_Picture, Request], list[Figure]]] = {
+_DRAWERS: dict[View, Callable[[_Picture, Request], Iterator[Figure]]] = {
     View.OVERLAY: _overlays,
     View.STEPS: _strips,
     View.LAYERS: _layers,
@@ -390,7 +390,9 @@ def _self_attention(
     ]
     drawn, figures = [], []
     masks = torch.empty(images.shape[:3])
+    progress = Progress(len(images))
     for index, (image, heat, scale) in enumerate(zip(images, heats, scales(heats, request.normalize), strict=True)):
+        progress.show(index)
         shown = blend(resize_picture(image, fitted(image, max(*image.shape[:2], MIN_SIDE))), scale.apply(heat), style)
         which = f"picture {index + 1} of {len(images)}, " if len(images) > 1 else ""
         about = f"self-attention, {which}{_plural(sources[index].maps.steps, 'step')}"

@@ -1,27 +1,25 @@
 """`python dev neighbours`: what each node of the pack does in a graph with another node of the host.
 
-    python dev neighbours [--only WORD] [--write]
+    python dev neighbours [--only WORD] [--write] [--json FILE]
 
 The host's own nodes patch, guide, cache or prompt a tiny random model, which then goes through real sampling with each node of
-the pack, and is judged as in ``matrix``. The table is in docs/other-nodes.md.
+the pack, and is judged as in ``trial``. The table is in docs/other-nodes.md.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from host_inprocess import ROOT, load_pack, start_host
-from matrix import CFG, COLUMNS, WORKS, Cell, Line, Log, Outcome, Trial, quiet, render, with_table
+from host_inprocess import ROOT, host_node, load_pack
+from tables import COLUMNS, WORKS, Cell, Line, Outcome, Page, publish
+from trial import CFG, Log, Trial, quiet
 
-BEGIN, END = "<!-- neighbours: python dev neighbours --write -->", "<!-- end of the neighbours -->"
-PAGE = ROOT / "docs" / "other-nodes.md"
+PAGE = Page("neighbours", ROOT / "docs" / "other-nodes.md", "node")
 
 Patch = Callable[[Any], Any]
 MAKES_GUIDERS = Cell(Outcome.REFUSED, message="Both make the guider of the run: choose one.")
@@ -29,8 +27,7 @@ MAKES_GUIDERS = Cell(Outcome.REFUSED, message="Both make the guider of the run: 
 
 def node(module: str, name: str) -> Callable[..., Any]:
     """First output of a node of ``comfy_extras`` (or of the host's own ``nodes``), by its class's name."""
-    cls = getattr(import_module(f"comfy_extras.nodes_{module}" if module else "nodes"), name)
-    run = cls.execute if hasattr(cls, "execute") else getattr(cls(), cls.FUNCTION)
+    run = host_node(name, f"comfy_extras.nodes_{module}" if module else "nodes")
     return lambda *values, **named: run(*values, **named)[0]
 
 
@@ -57,12 +54,16 @@ class Neighbour:
     steady: bool = True
     masked: bool = False
 
+    def known(self) -> bool:
+        """Whether the host has it."""
+        return not self.module or find_spec(f"comfy_extras.nodes_{self.module}") is not None
+
 
 # --- the nodes -----------------------------------------------------------------------------------------------------------
 
 
 def _lora(model: Any) -> Any:
-    """As LoraLoader leaves a model: low-rank patches of attention weights."""
+    """As LoraLoader leaves a model: patches of attention weights."""
     patched, generator = model.clone(), torch.Generator().manual_seed(5)
     patches = {}
     for name, weight in model.model.named_parameters():
@@ -253,35 +254,18 @@ def measure(neighbours: Sequence[Neighbour], told: Callable[[str], None] = lambd
     lines = []
     with quiet() as log:
         for neighbour in neighbours:
-            with suppress(ImportError):
-                if neighbour.module:
-                    import_module(f"comfy_extras.nodes_{neighbour.module}")
-                told(neighbour.name)
-                family = FAMILIES[neighbour.family]
-                torch.manual_seed(0)  # ToMe and HyperTile draw from the global generator
-                cells = NeighbourTrial(family, family.build(), log, neighbour).cells()
-                lines.append(Line(neighbour.name, [], {name: cells[name] for name in COLUMNS}))
+            if not neighbour.known():
+                continue
+            told(neighbour.name)
+            family = FAMILIES[neighbour.family]
+            torch.manual_seed(0)  # ToMe and HyperTile draw from the global generator
+            cells = NeighbourTrial(family, family.build(), log, neighbour).cells()
+            lines.append(Line(neighbour.name, [], {name: cells[name] for name in COLUMNS}))
     return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python dev neighbours", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", metavar="WORD", help="only the nodes whose name has this in it")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/other-nodes.md")
-    arguments = parser.parse_args()
-    chosen = [neighbour for neighbour in NEIGHBOURS if arguments.only.lower() in neighbour.name.lower()]
-    if not chosen or (arguments.write and len(chosen) < len(NEIGHBOURS)):
-        parser.error("--only leaves nothing" if not chosen else "--write needs every node: leave out --only")
-    start_host(cpu=True)
-    torch.set_num_threads(1)
-    lines = measure(chosen, lambda name: print(name, file=sys.stderr))
-    table = render(lines, "node")
-    print(table)
-    if arguments.write:
-        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), table, BEGIN, END), encoding="utf-8")
-    faults = [text for line in lines for text in line.faults]
-    if faults:
-        sys.exit("\n".join(["", *faults]))
+    publish(PAGE, NEIGHBOURS, measure, __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ lies on the screen, when a page is ready) is asked of the page's own `app`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import ConsoleMessage, Locator, Page, Playwright, expect
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 PATIENCE = 180_000  # ms; only ever waited for in full when something is broken
+GLANCE = 10_000  # ms, for what can be tried again
 FLAGS = (
     "--disable-gpu",
     "--disable-quic",
@@ -134,11 +137,25 @@ class FrontEnd:
         """Choose a template in the template browser, once its thumbnail is there."""
         self.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         dialog = self.page.get_by_role("dialog")
-        dialog.get_by_placeholder("Search").fill(name)
         card = dialog.get_by_test_id(f"template-workflow-{name}")
-        self.page.wait_for_function("(thumbnail) => thumbnail.naturalWidth > 0", arg=card.locator("img").first.element_handle())
+        self._wait_for_thumbnail(name, dialog.get_by_placeholder("Search"), card)
         card.click()
         dialog.wait_for(state="detached")
+
+    def _wait_for_thumbnail(self, name: str, search: Locator, card: Locator) -> None:
+        """Search until the card shows its picture.
+
+        On a busy machine some front ends believe that a card which came into view has left it: they read the first of
+        the observer's entries where the last one counts. Searching again makes the card anew.
+        """
+        for _ in range(PATIENCE // GLANCE):
+            search.fill("")
+            search.fill(name)
+            with contextlib.suppress(PlaywrightTimeout):
+                shown = card.locator("img:not([src*=default-template])").first.element_handle(timeout=GLANCE)
+                self.page.wait_for_function("(picture) => picture.naturalWidth > 0", arg=shown, timeout=GLANCE)
+                return
+        raise AssertionError(f"the template browser shows no thumbnail for {name!r}")
 
     def nodes(self) -> list[dict[str, Any]]:
         """Type, id, and whether the front end knows the type, of every node in the open workflow."""

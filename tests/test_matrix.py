@@ -6,7 +6,9 @@ import comfy.supported_models
 import matrix
 import neighbours
 import pytest
-from matrix import Outcome
+import tables
+from tables import WORKS, Cell, Outcome
+from trial import Counts, Log, Trial
 
 pytestmark = pytest.mark.newest
 
@@ -34,9 +36,8 @@ def test_every_class_of_the_hosts_list_is_in_the_table_or_left_out_by_name():
 def test_the_readme_shows_what_is_measured():
     lines = matrix.measure(matrix.ROWS)
     assert [text for line in lines for text in line.faults] == []
-    assert [line.cells[matrix.BUILD].message for line in lines if matrix.BUILD in line.cells] == []
-    readme = matrix.README.read_text(encoding="utf-8")
-    assert matrix.with_table(readme, matrix.render(lines)) == readme, "run `python dev matrix --write` and look at its diff"
+    assert [line.cells[tables.BUILD].message for line in lines if tables.BUILD in line.cells] == []
+    assert matrix.PAGE.holds(tables.render(lines, matrix.PAGE.first)), "run `python dev matrix --write` and look at its diff"
 
 
 @pytest.mark.usefixtures("of_this_host")
@@ -44,27 +45,27 @@ def test_the_page_of_other_nodes_shows_what_is_measured():
     lines = neighbours.measure([neighbour for neighbour in neighbours.NEIGHBOURS if neighbour not in neighbours.SLOW])
     assert [text for line in lines for text in line.faults] == []
     assert [line.name for line in lines] == [neighbour.name for neighbour in neighbours.NEIGHBOURS[: len(lines)]]
-    page = neighbours.PAGE.read_text(encoding="utf-8")
+    page = neighbours.PAGE.text()
     shown = set(page.splitlines())
-    table, said = matrix.render(lines, "node").split("\n\n", 1)
+    table, said = tables.render(lines, neighbours.PAGE.first).split("\n\n", 1)
     assert set(table.splitlines()) <= shown, "run `python dev neighbours --write` and look at its diff"
     assert said in page
 
 
 def test_a_node_that_does_nothing_and_says_nothing_is_a_fault():
-    trial = matrix.Trial.__new__(matrix.Trial)
-    trial.log, trial.counts, trial.untouched = matrix.Log(), matrix.Counts(), None
+    trial = Trial.__new__(Trial)
+    trial.log, trial.counts, trial.untouched = Log(), Counts(), None
     trial.state = lambda: None  # type: ignore[method-assign]
 
-    def late() -> matrix.Cell:
+    def late() -> Cell:
         trial.counts.prompts.append(0)
         raise ValueError("no")
 
-    def refusal() -> matrix.Cell:
+    def refusal() -> Cell:
         raise ValueError("connect a model")
 
-    assert trial.judged(refusal) == matrix.Cell(Outcome.REFUSED, message="connect a model")
+    assert trial.judged(refusal) == Cell(Outcome.REFUSED, message="connect a model")
     assert trial.judged(late).outcome is Outcome.FAULT
     assert trial.judged(lambda: [][0]).outcome is Outcome.FAULT
     trial.state = lambda: "a hook"  # type: ignore[method-assign]
-    assert "left something" in trial.judged(lambda: matrix.WORKS).detail
+    assert "left something" in trial.judged(lambda: WORKS).detail

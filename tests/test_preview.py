@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import comfy.sample
 import comfy.sd
 import folder_paths
@@ -350,6 +352,39 @@ def test_values_out_of_range(preview: Any, run: Any, name: str) -> None:
     for value in (-0.01, 1.01):
         with pytest.raises(ValueError, match=f"{name} is {value:g}"):
             preview(maps, images, **{name: value})
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_an_interrupt_while_it_is_drawn_leaves_nothing(
+    preview: Any, run: Any, view: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled at the last of its pauses: no file, and the next preview is as if it had not been."""
+    maps, images = run
+    pauses = 0
+
+    def count() -> None:
+        nonlocal pauses
+        pauses += 1
+
+    def cancel() -> None:
+        nonlocal pauses
+        pauses -= 1
+        if not pauses:
+            comfy.model_management.interrupt_current_processing()
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fovea_attention.attention.host.check_interrupted", count)
+        expected = preview(maps, images, view=view)
+    assert pauses > (view != "self-attention")  # there is a pause at each picture, in other views at each word too
+    shutil.rmtree(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(comfy.model_management.InterruptProcessingException):
+        patch.setattr("fovea_attention.attention.host.check_interrupted", cancel)
+        preview(maps, images, view=view)
+    assert pauses == 0 and not tmp_path.exists()
+    again = preview(maps, images, view=view)
+    assert torch.equal(again.args[0], expected.args[0]) and torch.equal(again.args[1], expected.args[1])
+    assert again.args[2] == expected.args[2]
 
 
 # --- for the front end --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from host_inprocess import host_node
 from scenes import detect, draw, evaluate
 
 pytestmark = pytest.mark.newest
@@ -138,7 +139,7 @@ def test_shipped_file_is_small_and_half_precision():
 def test_encoder_is_the_exact_area_average(loaded):
     pixels = torch.rand(2, 256, 256, 3, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        latent = evaluate.host_node("VAEEncode")(vae=loaded[2], pixels=pixels)[0]["samples"]
+        latent = host_node("VAEEncode")(vae=loaded[2], pixels=pixels)[0]["samples"]
     expected = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8) * 2 - 1
     assert latent.shape == (2, 3, 32, 32)
     assert (latent.float().cpu() - expected).abs().max() < 1e-3
@@ -148,8 +149,8 @@ def test_decoder_gives_back_drawn_pictures(loaded):
     rng = random.Random(8)
     pictures = draw.render([draw.sample(rng, style=None) for _ in range(4)], 256)[0].movedim(1, -1)
     with torch.inference_mode():
-        latent = evaluate.host_node("VAEEncode")(vae=loaded[2], pixels=pictures)[0]
-        decoded = evaluate.host_node("VAEDecode")(vae=loaded[2], samples=latent)[0]
+        latent = host_node("VAEEncode")(vae=loaded[2], pixels=pictures)[0]
+        decoded = host_node("VAEDecode")(vae=loaded[2], samples=latent)[0]
     assert decoded.shape == pictures.shape
     assert (decoded.float().cpu() - pictures).abs().mean() < 0.02
 

@@ -15,7 +15,6 @@ import comfy_extras.nodes_context_windows as windows
 import comfy_extras.nodes_custom_sampler as custom
 import comfy_extras.nodes_differential_diffusion as differential
 import comfy_extras.nodes_easycache as easycache
-import comfy_extras.nodes_freelunch as freelunch
 import comfy_extras.nodes_hypertile as hypertile
 import comfy_extras.nodes_mahiro as mahiro
 import comfy_extras.nodes_model_advanced as model_advanced
@@ -28,6 +27,7 @@ import pytest
 import torch
 from families import FAMILIES
 from families import sample as sample_family
+from host_inprocess import host_node
 from tgate_reference import Reference, assert_same_picture, relative_difference
 from tiny_unet import UNET_CONFIG, cond, latent, randomise, sample, small_model
 
@@ -227,18 +227,12 @@ def test_ksampler_advanced_in_two_halves(tgate, model):
 # --- guidance nodes -------------------------------------------------------------------------------------------------
 
 
-def run_node(node, *values):
-    """Nodes that 0.30.0 has in the V3 form and 0.3.75 in the older one."""
-    run = node.execute if hasattr(node, "execute") else getattr(node(), node.FUNCTION)
-    return run(*values)[0]
-
-
 POST_CFG = {
     "CFG-Zero*": lambda m: cfg_nodes.CFGZeroStar.execute(m)[0],
     "CFG-Norm": lambda m: cfg_nodes.CFGNorm.execute(m, 1.0)[0],
     "APG": lambda m: apg.APG.execute(m, 1.0, 5.0, 0.0)[0],
     "Mahiro": lambda m: mahiro.Mahiro.execute(m)[0],
-    "FreeU": lambda m: run_node(freelunch.FreeU_V2, m, 1.1, 1.2, 0.9, 0.4),
+    "FreeU": lambda m: host_node("FreeU_V2", "comfy_extras.nodes_freelunch")(m, 1.1, 1.2, 0.9, 0.4)[0],
 }
 
 

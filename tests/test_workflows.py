@@ -205,13 +205,13 @@ def test_the_browser_is_offered_it(path: Path, server: HostServer) -> None:
 class Run:
     """A finished run of a shipped workflow: the pictures of each node, and what the server logged meanwhile."""
 
-    all: dict[str, list[np.ndarray]]
+    shown: dict[str, list[np.ndarray]]
     log: str
 
     @property
     def pictures(self) -> dict[str, np.ndarray]:
         """The last one of each node."""
-        return {node: shown[-1] for node, shown in self.all.items()}
+        return {node: pictures[-1] for node, pictures in self.shown.items()}
 
 
 @pytest.fixture(scope="module")
@@ -329,14 +329,14 @@ DIT_FASTER = workflow_files.FOLDER / "DiT - faster, and where it looks.json"
 
 
 @pytest.mark.server
-def test_the_dit_workflow_draws_what_its_classes_say(run: Callable[[Path], Run], object_info: dict[str, Any]) -> None:
+def test_the_dit_workflow_draws_what_its_classes_say(run: Callable[[Path], Run]) -> None:
     """The trained transformer, through the real server, judged by the detector: three of the four or better."""
     from scenes import detect, draw
 
     workflow = load(DIT)
     labels = next(node["widgets_values"][1] for node in workflow["nodes"] if node["type"] == "DiTClassLabel")
     classes = [draw.class_parts(int(label))[1:] for label in labels.split(",")]
-    pictures = run(DIT).all["16"]
+    pictures = run(DIT).shown["16"]
     assert len(pictures) == len(classes)
     found = [detect.find(torch.from_numpy(picture / 255), *parts) for picture, parts in zip(pictures, classes, strict=True)]
     assert sum(finding.right for finding in found) >= 3

@@ -13,13 +13,13 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from host_inprocess import register_demo_model, start_host
+from host_inprocess import host_node, register_demo_model, start_host
 from torch import Tensor
 
 from scenes import detect, draw
@@ -56,20 +56,9 @@ def prompts(count: int, objects: int = 2, seed: int = 7) -> list[Prompt]:
 # -------------------------------------------------------------------------------------- the host's nodes
 
 
-def host_node(name: str) -> Callable[..., tuple]:
-    """A core node as a function of its inputs."""
-    import nodes
-
-    node = nodes.NODE_CLASS_MAPPINGS[name]()
-    return getattr(node, node.FUNCTION)
-
-
 def sampling_node(name: str, **inputs: Any) -> Any:
-    """First output of a core node of custom sampling, by its class's name; the hosts define them in two ways."""
-    from comfy_extras import nodes_custom_sampler
-
-    node = getattr(nodes_custom_sampler, name)
-    return (node.execute(**inputs) if hasattr(node, "execute") else getattr(node(), node.FUNCTION)(**inputs))[0]
+    """First output of a core node of custom sampling."""
+    return host_node(name, "comfy_extras.nodes_custom_sampler")(**inputs)[0]
 
 
 def load(checkpoint: Path = CHECKPOINT) -> tuple[Any, Any, Any]:

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from host_inprocess import load_pack, pack_nodes, start_host
+from host_inprocess import host_node, load_pack, pack_nodes, start_host
 from torch import Tensor
 
 from scenes import draw, evaluate
-from scenes.evaluate import Prompt, host_node, sampling_node
+from scenes.evaluate import Prompt, sampling_node
 from scenes.style import Distance, Style, distance, style
 
 GROUPS = (*draw.PATTERNS, *draw.STYLES)

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from host_inprocess import pack_nodes, start_host
+from host_inprocess import host_node, pack_nodes, start_host
 from torch import Tensor
 
 from scenes import detect, draw, evaluate
-from scenes.evaluate import host_node
 from scenes.train_dit import CHECKPOINT
 
 JUDGED = len(draw.CLASSES) * (1 + len(draw.PATTERNS)) // len(draw.LOOKS)  # the styles come after these
