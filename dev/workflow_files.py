@@ -21,6 +21,11 @@ def shipped() -> list[Path]:
     return sorted(FOLDER.glob("*.json"))
 
 
+def blueprints() -> list[Path]:
+    """Every subgraph blueprint of the pack, by name."""
+    return sorted((FOLDER.parent / "subgraphs").glob("*.json"))
+
+
 def find(name: str) -> Path:
     """A workflow by its title, part of it, or a path to a file."""
     if Path(name).is_file():
@@ -56,9 +61,9 @@ def convert(workflow: dict[str, Any], object_info: dict[str, Any]) -> Prompt:
     os.environ["DO_NOT_TRACK"] = "1"
     from comfy_cli.workflow_to_api import WorkflowConversionError, convert_ui_to_api
 
-    unknown = sorted(
-        {str(node.get("type")) for node in workflow.get("nodes", ())} - set(object_info) - {"Note", "MarkdownNote", "Reroute"}
-    )
+    subgraphs = workflow.get("definitions", {}).get("subgraphs", ())
+    types = {str(node.get("type")) for graph in (workflow, *subgraphs) for node in graph.get("nodes", ())}
+    unknown = sorted(types - set(object_info) - {"Note", "MarkdownNote", "Reroute"} - {graph["id"] for graph in subgraphs})
     if unknown:
         raise WorkflowError(f"The workflow needs nodes this ComfyUI does not have: {', '.join(unknown)}")
     collector, logger = _Warnings(), logging.getLogger("comfy_cli")

@@ -131,7 +131,7 @@ def test_maps_benchmark_on_the_embedded_model():
 
 
 def test_both_sides_of_the_distill_benchmark_do_the_same_work():
-    setup, case = distill.Setup(TINY), distill.Case(TINY, size=128, steps=2, iterations=2)
+    setup, case = distill.Setup(TINY), distill.Case(TINY, size=64, steps=2, iterations=2)
     runs = distill.measure_time(setup, case, 1, say=lambda text: None)
     theirs = runs[distill.THEIRS][0]
     for ran in (runs[name][0] for name in (distill.FIRST, distill.AGAIN, distill.LOW)):

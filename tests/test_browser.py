@@ -217,6 +217,28 @@ def test_nodes_are_found_by_what_people_type(ui: FrontEnd, object_info: dict[str
         expect(ui.search(term).filter(has_text=SEARCHES[term]).first).to_be_visible()
 
 
+@pytest.mark.parametrize("path", workflow_files.blueprints(), ids=lambda path: path.stem)
+def test_blueprints_are_found_and_come_whole(path: Path, ui: FrontEnd) -> None:
+    """Found by its name like a node, put on the canvas with all that is in it."""
+    ui.page.evaluate("() => app.graph.clear()")
+    ui.search(path.stem.partition(" (")[0]).filter(has_text=path.stem).first.click()
+    ui.page.mouse.click(700, 500)  # where a new node is carried by the pointer first
+    ui.page.wait_for_function("() => app.graph.nodes.length > 0")
+    (root,) = ui.page.evaluate("() => app.graph.nodes.map((node) => node.serialize())")
+    inside = ui.page.evaluate("() => app.graph.nodes[0].subgraph.nodes.map(({ type }) => type)")
+    blueprint = workflow_files.load(path)
+    (wanted,), (subgraph,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    assert sorted(inside) == sorted(node["type"] for node in subgraph["nodes"])
+    for kind in ("inputs", "outputs"):
+        found = [slot["name"] for slot in root[kind] if not slot.get("widget")]
+        assert found == [slot["name"] for slot in wanted[kind]]
+    shown = ui.page.evaluate("() => app.graph.nodes[0].widgets.map(({ name }) => name.split(': ').at(-1))")
+    seed = {"control_after_generate"}  # which newer front ends show as a part of the seed
+    assert [name for name in shown if name not in seed] == [
+        name for _, name in wanted["properties"]["proxyWidgets"] if name not in seed
+    ]
+
+
 def test_help_pages_open(ui: FrontEnd, our_nodes: list[str]) -> None:
     """The button that appears above a selected node."""
     for kind in our_nodes:

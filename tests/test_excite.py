@@ -27,10 +27,10 @@ def excite(pack):
 
 @pytest.fixture
 def guider(node_classes):
-    """The node, with subjects at token positions 2 and 5 unless told otherwise; returns its guider."""
+    """The node, with subjects at token positions 2 and 5 and few refinements unless told otherwise; returns its guider."""
 
     def make(model, positive=None, negative=None, **settings):
-        settings = {"subjects": "2, 5", **settings}
+        settings = {"subjects": "2, 5", "max_refinements": 3, **settings}
         return node_classes["AttendExciteGuider"].execute(model, positive or cond(1), negative or cond(2), **settings)[0]
 
     return make
@@ -157,7 +157,7 @@ STEPS = 5
 REFUSED = {"uni_pc", "uni_pc_bh2", "dpm_fast", "dpm_adaptive"}
 
 
-def noise_of(batch=1, seed=3, size=(16, 16)):
+def noise_of(batch=1, seed=3, size=(12, 12)):
     return torch.randn(batch, 4, *size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -260,8 +260,8 @@ def test_cfg_one(guider, model):
 
 
 def test_an_inpaint_mask_keeps_what_is_outside(guider, model):
-    mask = torch.zeros(1, 1, 16, 16)
-    mask[..., 4:12, 4:12] = 1
+    mask = torch.zeros(1, 1, 12, 12)
+    mask[..., 3:9, 3:9] = 1
     image, noise = noise_of(seed=9), noise_of()
     guided, _ = run(guider(model, scale_factor=200), noise=noise, sigmas=schedule(model), latent_image=image, denoise_mask=mask)
     plain, _ = run(plain_guider(model), noise=noise, sigmas=schedule(model), latent_image=image, denoise_mask=mask)
@@ -271,15 +271,15 @@ def test_an_inpaint_mask_keeps_what_is_outside(guider, model):
 
 
 def test_regional_prompts_move_their_region_only(guider, model):
-    regions = [[cond(1)[0][0], {"area": (16, 8, 0, 0), "strength": 1.0}], [cond(4)[0][0], {"strength": 1.0}]]
+    regions = [[cond(1)[0][0], {"area": (12, 6, 0, 0), "strength": 1.0}], [cond(4)[0][0], {"strength": 1.0}]]
     settings = {"guide_until": 1 / STEPS, "thresholds": "", "scale_factor": 500}
     guide = guider(model, regions, **settings)
     guide.prompts[1] = None  # only the region has subjects
     _, steps = run(guide, noise=noise_of(), sigmas=schedule(model))
     _, plain = run(plain_guider(model, regions), noise=noise_of(), sigmas=schedule(model))
     change = (steps[0][0] - plain[0][0]).abs()
-    assert change[..., :8].max() > 1e-3
-    assert change[..., 8:].max() == 0
+    assert change[..., :6].max() > 1e-3
+    assert change[..., 6:].max() == 0
 
 
 def test_a_prompt_that_is_not_active_guides_nothing(guider, model):
@@ -346,7 +346,7 @@ def test_wrong_inputs_are_said_on_the_node(guider, model, settings, message):
 
 def test_more_subjects_than_the_grid_has_room_for(guider, model):
     many = ", ".join(map(str, range(1, 20)))
-    with pytest.raises(ValueError, match="19 subjects are more than an attention grid of 4 x 4 can hold"):
+    with pytest.raises(ValueError, match="19 subjects are more than an attention grid of 3 x 3 can hold"):
         run(guider(model, subjects=many), noise=noise_of(), sigmas=schedule(model))
 
 

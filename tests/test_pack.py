@@ -287,6 +287,13 @@ def test_the_archive_for_users_holds_what_they_need_and_no_more() -> None:
     paths = [*ROOT.glob("*.*"), ROOT / "LICENSE", *(path for folder in folders for path in folder.rglob("*"))]
     files = [path.relative_to(ROOT).as_posix() for path in paths if path.is_file() and "__pycache__" not in path.parts]
     kept = {name for name in files if not ignored.match_file(name)}
-    assert {name.split("/")[0] for name in kept if "/" in name} <= {"attention", "nodes", "workflows", "web", "locales"}
+    assert {name.split("/")[0] for name in kept if "/" in name} <= {
+        "attention",
+        "nodes",
+        "workflows",
+        "subgraphs",
+        "web",
+        "locales",
+    }
     assert {"__init__.py", "pyproject.toml", "LICENSE", "nodes/tgate.py", "workflows/T-GATE - same picture, faster.jpg"} <= kept
     assert {name for name in files if name.startswith("web/docs/")} <= kept

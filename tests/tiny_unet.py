@@ -95,7 +95,7 @@ def cond(seed: int, tokens: int = 77, batch: int = 1, **extra: Any) -> Condition
     return [[context, extra]]
 
 
-def latent(height: int = 16, width: int = 16, batch: int = 1) -> torch.Tensor:
+def latent(height: int = 8, width: int = 8, batch: int = 1) -> torch.Tensor:
     return torch.zeros(batch, 4, height, width)
 
 
