@@ -18,16 +18,20 @@ from .prompt_text import Span
 
 Piece = bytes | None  # the UTF-8 bytes of a token's text; None where the vocabulary has only "unknown"
 
+# How vocabularies write a space: what SentencePiece and byte-level BPE are told by.
+_SENTENCEPIECE_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+_BYTE_LEVEL_SPACE = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"
+
 # --- texts of tokens --------------------------------------------------------------------------------------------------
 
 
 def piece_reader(tokenizer: Any) -> Callable[[int], Piece]:
     """Token id -> its bytes, for one of the host's ``SDTokenizer`` objects."""
     vocabulary: dict[int, str] = tokenizer.inv_vocab
-    marks = {"▁", "Ġ", "[UNK]"}.intersection(vocabulary.values())
-    if "▁" in marks:
+    marks = {_SENTENCEPIECE_SPACE, _BYTE_LEVEL_SPACE, "[UNK]"}.intersection(vocabulary.values())
+    if _SENTENCEPIECE_SPACE in marks:
         decode = _sentencepiece
-    elif "Ġ" in marks:
+    elif _BYTE_LEVEL_SPACE in marks:
         decode = _byte_level
     elif "[UNK]" in marks:
         decode = _wordpiece
@@ -44,7 +48,7 @@ def _sentencepiece(piece: str) -> Piece:
     if piece == "<unk>":
         return None
     byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
-    return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
+    return bytes.fromhex(byte[1]) if byte else piece.replace(_SENTENCEPIECE_SPACE, " ").encode()
 
 
 def _wordpiece(piece: str) -> Piece:

@@ -193,7 +193,6 @@ def _word_view(
     figures = []
     progress = Progress(len(images))
     for index, (source, image) in enumerate(zip(sources, images, strict=True)):
-        progress.show(index)
         heats = source.heats(words)
         picture = _Picture(index, len(images), image, source, words, heats, scales(heats, request.normalize))
         for at, figure in enumerate(draw(picture, request), 1):
@@ -203,6 +202,7 @@ def _word_view(
             progress.show(index + 0.5 + at / len(words) / 2)
             masks[index * len(words) + at] = scale.apply(resize_heat(heat, picture.size))
         figures.append({"picture": index + 1, "words": [_figures(picture, at, request) for at in range(len(words))]})
+        progress.show(index + 1)
     return drawn, masks, figures
 
 
@@ -392,7 +392,6 @@ def _self_attention(
     masks = torch.empty(images.shape[:3])
     progress = Progress(len(images))
     for index, (image, heat, scale) in enumerate(zip(images, heats, scales(heats, request.normalize), strict=True)):
-        progress.show(index)
         shown = blend(resize_picture(image, fitted(image, max(*image.shape[:2], MIN_SIDE))), scale.apply(heat), style)
         which = f"picture {index + 1} of {len(images)}, " if len(images) > 1 else ""
         about = f"self-attention, {which}{_plural(sources[index].maps.steps, 'step')}"
@@ -400,6 +399,7 @@ def _self_attention(
         masks[index] = scale.apply(resize_heat(heat, (image.shape[0], image.shape[1])))
         facts = {"picture": index + 1, "query": {"x": x, "y": y}}
         figures.append(facts | heat_figures(heat, scale, style.threshold))
+        progress.show(index + 1)
     return drawn, masks, figures
 
 

@@ -34,11 +34,14 @@ DEV = Path(__file__).resolve().parent
 ROOT = DEV.parent
 
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
-# Installed without its dependencies: only its workflow library is used, and the rest would be 300 MB.
-WITHOUT_DEPENDENCIES = ("comfy-cli==1.23.0",)
+# Installed without their dependencies: a part of each is used, and what the rest needs would be 400 MB.
+WITHOUT_DEPENDENCIES = ("comfy-cli==1.23.0", "comfy-test==0.4.15")
 REQUIREMENTS = DEV / "requirements.txt"
 CONSTRAINTS = DEV / "constraints.txt"
-TOOLS = ("pytest", "ruff", "mypy", "playwright", "comfy_cli", "typer", "pathspec", "yaml")
+TOOLS = (
+    *("pytest", "ruff", "mypy", "playwright", "comfy_cli", "comfy_lint", "comfy_test"),
+    *("typer", "pathspec", "yaml", "semver", "tomlkit", "tree_sitter_javascript", "websocket"),
+)
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,7 @@ def packages_fingerprint(host: Path) -> str:
 def install_packages(python: Path, host: Path, log: Path) -> None:
     """The host's own requirements and the developer tools, with torch held where it is."""
     files = ["-r", str(host / "requirements.txt"), "-r", str(REQUIREMENTS), "-c", str(CONSTRAINTS)]
-    pip(python, "install", *TORCH, *files, log=log)
+    pip(python, "install", "--no-compile", *TORCH, *files, log=log)
     install_alone(python, log)
 
 
@@ -291,7 +294,7 @@ def _ensure_once(base: Path, pins: tuple[HostPin, ...]) -> Environment | None:
             close("ready")
         else:
             with venv.working_on("torch", _fingerprint(*TORCH)):
-                pip(venv.python, "install", *TORCH, log=log / "torch.log")
+                pip(venv.python, "install", "--no-compile", *TORCH, log=log / "torch.log")
     with stages.stage("ComfyUI's packages and the developer tools") as close:
         newest = hosts[HOSTS[0]]
         if venv.has("packages", packages_fingerprint(newest)):
@@ -349,7 +352,9 @@ def _with_tools(theirs: Path) -> Path:
             close("ready")
             return venv.python
         shutil.rmtree(folder, ignore_errors=True)
-        by_hand = f"{theirs} -m pip install -r {REQUIREMENTS} && {theirs} -m pip install --no-deps {WITHOUT_DEPENDENCIES[0]}"
+        by_hand = (
+            f"{theirs} -m pip install -r {REQUIREMENTS} && {theirs} -m pip install --no-deps {' '.join(WITHOUT_DEPENDENCIES)}"
+        )
         advice = f"Or install them yourself: {by_hand}"
         run_logged([str(theirs), "-m", "venv", str(folder)], log / "tools.log", advice)
         packages = asks(

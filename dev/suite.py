@@ -84,8 +84,8 @@ class HostTests:
         self.report = environment.home() / "log" / f"tests-{host.name}.xml"
         self.report.parent.mkdir(parents=True, exist_ok=True)
         self.report.unlink(missing_ok=True)
-        # One file after the other, so that what a file's tests share is made once; in their order, the last ones are short.
-        shared = ["-n", str(os.cpu_count() or 1), "--dist", "loadfile", "--no-loadscope-reorder"]
+        # In the groups and the order that tests/conftest.py gives, so that what tests share is made once.
+        shared = ["-n", str(os.cpu_count() or 1), "--dist", "loadgroup", "--no-loadscope-reorder"]
         command = [str(python), "-m", "pytest", "-c", str(ROOT / "tests" / "pytest.ini"), f"--junitxml={self.report}", *shared]
         command += arguments
         if not any(argument.split("::")[0].endswith(".py") for argument in arguments):

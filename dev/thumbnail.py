@@ -1,7 +1,7 @@
 """The picture the template browser shows for a workflow, made from the workflow's own run.
 
-The same picture as a PNG that carries the workflow, to be dragged onto ComfyUI's canvas, is in docs/workflows. After a workflow
-was edited by hand:
+The same picture as a PNG that carries the workflow, to be dragged onto ComfyUI's canvas, is in docs/workflows, and some are in
+the help pages. After a workflow was edited by hand, or has a new thumbnail:
 
     python dev/thumbnail.py
 """
@@ -18,7 +18,16 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 SIDE, MARGIN, CAPTION = 512, 8, 44
 BACKGROUND, TEXT = "#1e1f22", "#e8e8e8"
-TO_DRAG = Path(__file__).resolve().parent.parent / "docs" / "workflows"
+ROOT = Path(__file__).resolve().parent.parent
+TO_DRAG = ROOT / "docs" / "workflows"
+IN_HELP = {
+    "t-gate": "T-GATE - same picture, faster",
+    "attend-and-excite": "Attend-and-Excite - every subject in the picture",
+    "attention-distillation": "Attention Distillation - style from a picture",
+    "attention-maps": "Attention maps - where each word looks",
+    "dit": "DiT - class to picture",
+}
+HELP_SIDE = 384
 
 
 def make_thumbnail(pictures: Sequence[Path], captions: Sequence[str], target: Path) -> None:
@@ -65,6 +74,17 @@ def carry_workflow(workflow: Path) -> Path:
     return target
 
 
+def illustrate_help(name: str, workflow: str) -> Path:
+    """Write the workflow's picture where the help pages show it."""
+    target = ROOT / "web" / "docs" / "pictures" / f"{name}.jpg"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with Image.open(workflow_files.FOLDER / f"{workflow}.jpg") as picture:
+        picture.resize((HELP_SIDE, HELP_SIDE), Image.Resampling.LANCZOS).save(target, quality=84)
+    return target
+
+
 if __name__ == "__main__":
+    for name, title in IN_HELP.items():
+        print(illustrate_help(name, title))
     for shipped in workflow_files.shipped():
         print(carry_workflow(shipped))

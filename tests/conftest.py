@@ -31,6 +31,22 @@ from host_server import HostServer  # noqa: E402
 torch.set_num_threads(1)
 
 
+# Those that take minutes, the longest first: what comes last should be short, or one process waits for another's file.
+LONG = ("server", "test_together", "test_matrix", "test_excite", "test_bench", "test_gradient", "test_tokens")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes, what talks to the server stays in one of them, as do the tests of a file."""
+
+    def group(item: pytest.Item) -> str:
+        return "server" if "server" in getattr(item, "fixturenames", ()) else item.path.stem
+
+    items.sort(key=lambda item: LONG.index(group(item)) if group(item) in LONG else len(LONG))
+    if items and items[0].config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
 @pytest.fixture(scope="session")
 def host_path() -> Path:
     """The folder of the ComfyUI under test."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,8 @@ def test_pointing_at_a_preview_ranks_the_words(on_page: bool, ui: FrontEnd, serv
         ui.open(workflow_files.load(MAPS))
         run = ui.run()
         assert run["kind"] == "execution_success"
+        for kind in ("KSampler", "AttnMapPreview"):
+            assert ui.progress_of(ui.node(kind)) == 1
         where = places(server, run, ui.node("PreviewImage"))
         overlay, segments = [node["id"] for node in ui.nodes() if node["type"] == "AttnMapPreview"][:2]
         second = [] if on_page else [(overlay, 1)]  # some front ends show one picture at a time there
@@ -159,6 +162,33 @@ def test_pointing_at_a_preview_ranks_the_words(on_page: bool, ui: FrontEnd, serv
         expect(ui.read_out).to_be_visible()
     finally:
         ui.draw_nodes_on_page(False)
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_the_read_out_can_be_read_in_every_theme(theme: str, ui: FrontEnd) -> None:
+    """Its text against what lies behind it: the contrast that WCAG asks for."""
+    ui.choose_theme(theme)
+    try:
+        ui.open(workflow_files.load(MAPS))
+        assert ui.run()["kind"] == "execution_success"
+        node = ui.node("AttnMapPreview")
+        ui.centre(node)
+        left, top, width, height = ui.picture(node)
+        assert ui.words_at(left + width / 2, top + height / 2)
+        looks = "(box) => [box, ...box.querySelectorAll('*')].map((part) => getComputedStyle(part).color)"
+        behind = luminance(ui.read_out.evaluate("(box) => getComputedStyle(box).backgroundColor"))
+        for colour in set(ui.read_out.evaluate(looks)):
+            bright, dark = sorted((luminance(colour), behind), reverse=True)
+            assert (bright + 0.05) / (dark + 0.05) >= 4.5, colour
+    finally:
+        ui.choose_theme("dark")
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance (WCAG 2) of a computed colour, such as `rgb(22, 23, 27)`."""
+    channels = [float(value) / 255 for value in re.findall(r"[0-9.]+", colour)[:3]]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 def test_html_in_a_prompt_is_text(ui: FrontEnd) -> None:
@@ -245,3 +275,5 @@ def test_help_pages_open(ui: FrontEnd, our_nodes: list[str]) -> None:
         title = (HELP / f"{kind}.md").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
         ui.open_help(kind)
         expect(ui.page.get_by_role("heading", name=title, exact=True, level=1)).to_be_visible()
+        shown = ui.page.locator("img[src*='/docs/pictures/']").element_handle()
+        ui.page.wait_for_function("(picture) => picture.naturalWidth > 0", arg=shown)

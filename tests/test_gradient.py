@@ -90,7 +90,7 @@ def watched_layers(sites, model, share=1.0):
     return layers[: max(1, round(len(layers) * share))]
 
 
-@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("memory", ["fast", pytest.param("low", marks=pytest.mark.newest)])
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_gradient_equals_finite_differences(gradient, sites, name, memory):
     family = FAMILIES[name]

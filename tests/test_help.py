@@ -55,6 +55,7 @@ class Page:
     items: int
     tables: list[list[list[Text]]]
     texts: list[Text]
+    pictures: dict[str, str]  # what they show, by address
 
     @property
     def codes(self) -> set[str]:
@@ -98,7 +99,7 @@ def _text(inline: Token) -> Text:
 @cache
 def parsed(path: Path) -> Page:
     tokens = MarkdownIt("commonmark").enable("table").parse(path.read_text(encoding="utf-8"))
-    found = Page([], sum(token.type == "list_item_open" for token in tokens), [], [])
+    found = Page([], sum(token.type == "list_item_open" for token in tokens), [], [], {})
     for before, token in zip(tokens, tokens[1:], strict=False):
         if before.type == "table_open":
             found.tables.append([])
@@ -106,6 +107,9 @@ def parsed(path: Path) -> Page:
             found.tables[-1].append([])
         if token.type == "inline":
             found.texts.append(_text(token))
+            found.pictures.update(
+                (str(child.attrs["src"]), child.content) for child in token.children or () if child.type == "image"
+            )
             if before.type == "heading_open":
                 found.headings.append((int(before.tag[1]), found.texts[-1].plain))
             elif before.type in ("th_open", "td_open"):
@@ -158,7 +162,9 @@ def default_text(node: str, field: Any, language: str) -> str | None:
 
 def test_every_node_has_a_page_in_every_language(node_classes: dict[str, type]) -> None:
     expected = {_file(node, language) for node in node_classes for language in FILES}
-    assert {path for path in HELP.rglob("*") if path.is_file()} == expected
+    assert set(HELP.rglob("*.md")) == expected
+    shown = {(HELP / picture) for node in node_classes for language in FILES for picture in page(node, language).pictures}
+    assert {path for path in HELP.rglob("*") if path.is_file()} == expected | shown
 
 
 @pytest.mark.server
@@ -166,7 +172,8 @@ def test_pages_are_served_where_the_browser_looks(server: HostServer) -> None:
     for node in NODES:
         for language in FILES:
             path = _file(node, language)
-            assert server.request(f"/extensions/{PACK_FOLDER}/docs/{path.relative_to(HELP).as_posix()}") == path.read_bytes()
+            for file in (path, *(HELP / picture for picture in page(node, language).pictures)):
+                assert server.request(f"/extensions/{PACK_FOLDER}/docs/{file.relative_to(HELP).as_posix()}") == file.read_bytes()
 
 
 @each_language
@@ -178,6 +185,7 @@ def test_a_page_is_about_its_node_and_has_every_section(node: str, language: str
     sections = [text for _, text in others]
     assert [text for text in sections if text in SECTIONS[language]] == SECTIONS[language]
     assert sections[-1] == SECTIONS[language][-1]
+    assert [bool(description) for description in page(node, language).pictures.values()] == [True], "one picture"
     assert " arXiv:" in " ".join(text.plain for text in page(node, language).texts[-1:]), "the paper"
 
 

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -280,20 +281,43 @@ def test_the_registry_finds_what_it_needs() -> None:
     assert (ROOT / "LICENSE").read_text(encoding="utf-8").lstrip().startswith("GNU GENERAL PUBLIC LICENSE")
 
 
-def test_the_archive_for_users_holds_what_they_need_and_no_more() -> None:
-    """Read the way the registry's publisher reads it."""
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What users get from the registry, chosen the way its publisher chooses it."""
     ignored = PathSpec.from_lines("gitwildmatch", (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines())
     folders = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")]
     paths = [*ROOT.glob("*.*"), ROOT / "LICENSE", *(path for folder in folders for path in folder.rglob("*"))]
-    files = [path.relative_to(ROOT).as_posix() for path in paths if path.is_file() and "__pycache__" not in path.parts]
-    kept = {name for name in files if not ignored.match_file(name)}
-    assert {name.split("/")[0] for name in kept if "/" in name} <= {
-        "attention",
-        "nodes",
-        "workflows",
-        "subgraphs",
-        "web",
-        "locales",
-    }
+    copy = tmp_path_factory.mktemp("registry") / "fovea-attention"
+    for path in paths:
+        name = path.relative_to(ROOT)
+        if path.is_file() and "__pycache__" not in path.parts and not ignored.match_file(name.as_posix()):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy / name)
+    return copy
+
+
+def test_the_archive_for_users_holds_what_they_need_and_no_more(archive: Path) -> None:
+    kept = {path.relative_to(archive).as_posix() for path in archive.rglob("*") if path.is_file()}
+    folders = {"attention", "nodes", "workflows", "subgraphs", "web", "locales"}
+    assert {name.split("/")[0] for name in kept if "/" in name} == folders
     assert {"__init__.py", "pyproject.toml", "LICENSE", "nodes/tgate.py", "workflows/T-GATE - same picture, faster.jpg"} <= kept
-    assert {name for name in files if name.startswith("web/docs/")} <= kept
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "web" / "docs").rglob("*.md")} <= kept
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("comfy_cli", "node", "validate"), ["All validation checks passed"]),
+        (("comfy_test", "lint", "."), ["[SYNTAX] PASSED", "[JAVASCRIPT] PASSED"]),
+    ],
+    ids=["comfy node validate", "comfy-test lint"],
+)
+def test_the_fields_own_checks_pass(archive: Path, tmp_path: Path, command: tuple[str, ...], said: list[str]) -> None:
+    settings = {"HOME": str(tmp_path), "DO_NOT_TRACK": "1", "PYTHONUTF8": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=archive, env={**os.environ, **settings}, capture_output=True, text=True, check=False
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0 and all(text in output for text in said), output
+    assert "Security warnings" not in output

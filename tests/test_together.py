@@ -149,6 +149,7 @@ class Fault:
             raise self.error
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
 @pytest.mark.parametrize("error", [INTERRUPT, RuntimeError], ids=["interrupt", "failure"])
 def test_a_fault_anywhere_leaves_nothing(node, model, gate, capture, excite, features, error, share):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import comfy_lint.schema
 import numpy as np
 import pytest
 import thumbnail
@@ -20,6 +21,7 @@ import torch
 import workflow_files
 from comfy_cli.layout_quality import score_workflow
 from comfy_cli.link_integrity import broken_link_findings
+from comfy_lint.linter import lint_workflow
 from host_server import HostServer
 from PIL import Image
 
@@ -176,7 +178,9 @@ def test_its_seeds_are_fixed(path: Path) -> None:
 
 
 @each_workflow
-def test_it_converts_without_a_warning(path: Path, object_info: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_it_converts_without_a_warning_and_a_linter_finds_nothing(
+    path: Path, object_info: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     workflow = load(path)
     with caplog.at_level(logging.WARNING):
         prompt = workflow_files.convert(workflow, object_info)
@@ -185,6 +189,7 @@ def test_it_converts_without_a_warning(path: Path, object_info: dict[str, Any], 
     for entry in prompt.values():
         required = set(object_info[entry["class_type"]]["input"].get("required", ()))
         assert required <= set(entry["inputs"]), entry
+    assert [finding.message for finding in lint_workflow(prompt, comfy_lint.schema.normalize(object_info))] == []
 
 
 # ------------------------------------------------------------------------------------------ it runs

@@ -50,7 +50,7 @@ def vector_model() -> comfy.model_patcher.ModelPatcher:
     return patcher(model)
 
 
-def small_model(in_channels: int = 4, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
+def small_model(in_channels: int = 4, seed: int = 0, **changes: Any) -> comfy.model_patcher.ModelPatcher:
     """A smaller random network with five attention blocks, for tests that only need a U-Net."""
     config = {
         **UNET_CONFIG,
@@ -61,6 +61,7 @@ def small_model(in_channels: int = 4, seed: int = 0) -> comfy.model_patcher.Mode
         "transformer_depth": [1, 1],
         "transformer_depth_output": [1, 1, 1, 1],
         "dtype": torch.float32,
+        **changes,
     }
     model = comfy.model_base.BaseModel(comfy.supported_models.SD15(config))
     if in_channels > 4:

@@ -169,7 +169,7 @@ function point(event) {
   else if (box) box.style.display = "none";
 }
 
-/** The mouse has left the page: no further event would take the box away. (A finger that lifts leaves too.) */
+/** The mouse has left the canvas: no further event would take the box away. (A finger that lifts leaves too.) */
 function leave(event) {
   if (event.pointerType === "touch") return;
   pointer = null;
@@ -178,17 +178,19 @@ function leave(event) {
 
 let listening = false;
 
+/** Listen where the canvas lies, and the nodes that are made of page elements. */
 function listen() {
-  if (listening) return;
+  const stage = app.canvas?.canvas?.parentElement;
+  if (listening || !stage) return;
   listening = true;
   for (const kind of ["pointermove", "pointerdown"]) {
-    document.addEventListener(kind, harmless(point), { capture: true, passive: true });
+    stage.addEventListener(kind, harmless(point), { capture: true, passive: true });
   }
-  document.documentElement.addEventListener("pointerleave", harmless(leave));
+  stage.addEventListener("pointerleave", harmless(leave));
 }
 
 app.registerExtension({
-  name: "Fovea.AttentionHover",
+  name: "fovea.attentionHover",
   nodeCreated: harmless((node) => {
     if (node.comfyClass !== NODE) return;
     listen();

@@ -33,6 +33,8 @@ READY = """() => !!(window.app?.extensionManager?.workflow?.activeWorkflow?.isLo
   && app.graph && window.LiteGraph?.registered_node_types.AttnMapPreview)"""
 FOLLOW_RUNS = """() => {
   window.foveaRuns = [];
+  window.foveaProgress = {};
+  app.api.addEventListener("progress", ({ detail }) => { foveaProgress[detail.node] = detail.value / detail.max; });
   for (const kind of ["execution_success", "execution_error", "execution_interrupted"])
     app.api.addEventListener(kind, ({ detail }) => foveaRuns.push({ kind, ...detail }));
 }"""
@@ -179,11 +181,19 @@ class FrontEnd:
         self.page.wait_for_function("(before) => foveaRuns.length > before", arg=before)
         return self.page.evaluate("foveaRuns.at(-1)")
 
+    def progress_of(self, node: str) -> float | None:
+        """How far a node came by what it told last, from 0 to 1; None where it told nothing."""
+        return self.page.evaluate("(node) => foveaProgress[node]", node)
+
     def node(self, kind: str) -> str:
         """The id of the first node of a kind."""
         return next(node["id"] for node in self.nodes() if node["type"] == kind)
 
     # -- looking and pointing
+
+    def choose_theme(self, name: str) -> None:
+        """``dark`` or ``light``, of the front end's own."""
+        self.page.evaluate("async (name) => { await app.extensionManager.setting.set('Comfy.ColorPalette', name); }", name)
 
     def draw_nodes_on_page(self, wanted: bool) -> None:
         """Draw nodes as page elements ("Nodes 2.0"), or on the canvas."""

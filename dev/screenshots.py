@@ -1,0 +1,96 @@
+"""Screenshots of the pack in ComfyUI's front end, for docs/screenshots; look at them before they are committed.
+
+    COMFYUI_PATH=PATH python dev/screenshots.py
+
+Needs the environment's Python, and Chromium or Chrome.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import environment
+import front_end
+import workflow_files
+from front_end import FrontEnd
+from host_server import HostServer
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+TARGET = environment.ROOT / "docs" / "screenshots"
+WIDTH = 1200
+FIT = """() => {
+  const nodes = app.graph.nodes, canvas = app.canvas;
+  const ends = (at) => [Math.min(...nodes.map((n) => n.pos[at])), Math.max(...nodes.map((n) => n.pos[at] + n.size[at]))];
+  const [[left, right], [top, bottom]] = [ends(0), ends(1)];
+  canvas.ds.scale = Math.min(innerWidth / (right - left + 300), innerHeight / (bottom - top + 260));
+  canvas.ds.offset = [(innerWidth / canvas.ds.scale - left - right) / 2, (innerHeight / canvas.ds.scale - top - bottom) / 2];
+  canvas.setDirty(true, true);
+}"""
+
+
+def shoot(ui: FrontEnd, name: str) -> None:
+    ui.page.wait_for_timeout(1500)  # pictures and boxes fade in
+    with Image.open(io.BytesIO(ui.page.screenshot())) as picture:
+        height = round(picture.height * WIDTH / picture.width)
+        target = TARGET / f"{name}.jpg"
+        picture.convert("RGB").resize((WIDTH, height), Image.Resampling.LANCZOS).save(target, quality=82)
+    print(target)
+
+
+def whole_workflow(ui: FrontEnd, title: str, name: str) -> None:
+    ui.open(workflow_files.load(workflow_files.find(title)))
+    ui.run()
+    ui.page.evaluate(FIT)
+    shoot(ui, name)
+
+
+def read_out(ui: FrontEnd, name: str) -> None:
+    ui.open(workflow_files.load(workflow_files.find("Attention maps - where each word looks")))
+    ui.run()
+    node = ui.node("AttnMapPreview")
+    ui.centre(node)
+    left, top, width, height = ui.picture(node)
+    ui.words_at(left + 0.3 * width, top + 0.4 * height)
+    shoot(ui, name)
+    ui.page.mouse.move(2, 2)
+
+
+def wrong_word(ui: FrontEnd, name: str) -> None:
+    node = ui.node("AttnMapPreview")
+    ui.set_widget(node, "words", "dog")
+    ui.run()
+    ui.centre(node, 0.8)
+    details = ui.page.get_by_role("button", name="View details")
+    if details.count():
+        details.first.click()
+    shoot(ui, name)
+
+
+def main() -> None:
+    TARGET.mkdir(parents=True, exist_ok=True)
+    host = Path(os.environ["COMFYUI_PATH"])
+    with (
+        tempfile.TemporaryDirectory() as base,
+        HostServer(host, Path(base), arguments=environment.front_end_arguments(host)) as server,
+        sync_playwright() as playwright,
+    ):
+        server.request("/settings", {"Comfy.TutorialCompleted": True})
+        chromium = front_end.find_chromium(playwright) or sys.exit("There is no Chromium.")
+        with playwright.chromium.launch(executable_path=chromium, chromium_sandbox=False, args=front_end.FLAGS) as browser:
+            ui = FrontEnd(browser.new_page(viewport={"width": 1500, "height": 1000}), server.url)
+            whole_workflow(ui, "All together - faster, complete, in a style", "all-together-dark")
+            read_out(ui, "read-out-dark")
+            wrong_word(ui, "wrong-word")
+            ui.clear()
+            ui.choose_theme("light")
+            whole_workflow(ui, "T-GATE - same picture, faster", "t-gate-light")
+            read_out(ui, "read-out-light")
+
+
+if __name__ == "__main__":
+    main()
