@@ -13,7 +13,7 @@ import workflow_files
 from comfy_cli.link_integrity import broken_link_findings
 from host_server import HostServer
 from PIL import Image
-from test_workflows import WIDGET_TYPES, load, widget_count
+from test_workflows import load, widget_names
 
 BLUEPRINTS = workflow_files.blueprints()
 OF_DEMO_MODEL = {"steps": 4, "width": 256, "height": 256, "attention_grid": 16}
@@ -34,16 +34,8 @@ def parts(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def widgets(node: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
-    """The values of a node's widgets by name, in the order in which the browser saves them."""
-    inputs = object_info[node["type"]]["input"]
-    specs = {**inputs["required"], **inputs.get("optional", {})}
-    names = []
-    for name, (kind, *options) in specs.items():
-        if (isinstance(kind, list) or kind in WIDGET_TYPES) and not (options and options[0].get("forceInput")):
-            names.append(name)
-            if name in ("seed", "noise_seed"):
-                names.append("control_after_generate")
-    return dict(zip(names, node.get("widgets_values") or (), strict=True))
+    """The values of a node's widgets by name."""
+    return dict(zip(widget_names(object_info[node["type"]]), node.get("widgets_values") or (), strict=True))
 
 
 # ------------------------------------------------------------------------------------------ whole
@@ -75,7 +67,7 @@ def test_its_nodes_are_those_of_the_host(path: Path, object_info: dict[str, Any]
         known = {name: spec[0] for section in ("required", "optional") for name, spec in info["input"].get(section, {}).items()}
         assert all(known[socket["name"]] == socket["type"] for socket in node["inputs"]), node["type"]
         assert [output["type"] for output in node["outputs"]] == info["output"][: len(node["outputs"])]
-        assert len(node.get("widgets_values") or []) == widget_count(info)
+        assert len(widgets(node, object_info)) == len(node.get("widgets_values") or [])
     by_id = {str(node["id"]): node for node in inside["nodes"]}
     for node, widget in root["properties"]["proxyWidgets"]:
         assert widget in widgets(by_id[node], object_info), (by_id[node]["type"], widget)

@@ -137,22 +137,25 @@ def test_its_links_are_whole(path: Path) -> None:
     assert used == {i["link"] for node in workflow["nodes"] for i in node["inputs"] if i["link"] is not None}
 
 
-def widget_count(info: dict[str, Any]) -> int:
-    """How many values the browser saves for a node: one per widget, and one more for what happens to a seed."""
-    count = 0
+def widget_names(info: dict[str, Any]) -> list[str]:
+    """What the browser saves a value for, in its order: the widgets, and behind some of them what they are shown with."""
+    names = []
     for section in ("required", "optional"):
         for name, (kind, *options) in info["input"].get(section, {}).items():
             settings = options[0] if options else {}
             if (isinstance(kind, list) or kind in WIDGET_TYPES) and not settings.get("forceInput"):
-                seed = kind == "INT" and (settings.get("control_after_generate") or name in ("seed", "noise_seed"))
-                count += 2 if seed or settings.get("image_upload") else 1
-    return count
+                names.append(name)
+                if kind == "INT" and (settings.get("control_after_generate") or name in ("seed", "noise_seed")):
+                    names.append("control_after_generate")
+                elif settings.get("image_upload"):
+                    names.append("upload")
+    return names
 
 
 @each_workflow
 def test_every_widget_has_its_value(path: Path, object_info: dict[str, Any]) -> None:
     for node in computing(load(path)):
-        assert len(node.get("widgets_values") or []) == widget_count(object_info[node["type"]]), (node["id"], node["type"])
+        assert len(node.get("widgets_values") or []) == len(widget_names(object_info[node["type"]])), (node["id"], node["type"])
 
 
 @each_workflow
