@@ -167,7 +167,7 @@ class ExciteObjective:
         self.strengths = torch.zeros(self.batch, len(self.prompt.subjects))
 
     def measure(self, layer: CaptureLayer, call: AttentionCall, rows: Tensor) -> dict[str, Tensor]:
-        place = text_placement(layer, call)
+        place = text_placement(layer, call.context, call.inputs.keys, call.inputs.queries)
         found: dict[str, Tensor] = {}
         if place is None:
             return found

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .sites import CaptureLayer, Grid, JointCall, NetworkLayout, layer_grid, token_grid
-
-if TYPE_CHECKING:
-    from .gradient import AttentionCall
 
 
 @dataclass(frozen=True)
@@ -68,15 +65,14 @@ def picture_rows(context: CallContext, queries: int, grid: Grid) -> slice:
     return slice(start, start + image)
 
 
-def text_placement(layer: CaptureLayer, call: AttentionCall) -> Placement | None:
+def text_placement(layer: CaptureLayer, context: CallContext, keys: int, queries: int) -> Placement | None:
     """In a call of a layer that the table knows; None where its tokens cannot be told apart."""
-    context = call.context
     grid = layer_grid(context.network, context.layout, layer.name, context.latent)
-    if grid is None or call.inputs.queries < math.prod(grid):
+    if grid is None or queries < math.prod(grid):
         return None
     if layer.kind == "joint":
-        return joint_placement(context, call.inputs.keys, call.inputs.queries, grid)
-    rows = picture_rows(context, call.inputs.queries, grid)
+        return joint_placement(context, keys, queries, grid)
+    rows = picture_rows(context, queries, grid)
     if layer.kind == "self":
         return Placement(grid, rows, None, rows)
-    return Placement(grid, rows, slice(0, call.inputs.keys), None)
+    return Placement(grid, rows, slice(0, keys), None)

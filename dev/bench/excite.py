@@ -5,7 +5,8 @@
 Both sides sample with the same random weights in SD1.5's shape, the same noise, prompts, token positions, times and
 published settings, taking turns in one process. Before that their networks' predictions are compared, after it the latents
 they end with: they must have done the same work. Random weights never meet a threshold, so the thresholds are set to 1 and
-the number of refinements at each is fixed: the same small number on both sides.
+the number of refinements at each is fixed: the same small number on both sides. ComfyUI takes torch's attention kernel, as
+diffusers does, and as it would by itself on a GPU.
 
 Time comes from inside whole runs: step by step, and gradient pass by gradient pass (forward and backward). Memory is what
 torch holds beyond the resting state, with and without the kernels' own scratch space (``bench.memory``; on a GPU only with
@@ -37,6 +38,7 @@ SUBJECTS = (2, 5)  # as in "a cat and a frog"
 CFG = 7.5
 PUBLISHED_FRACTIONS = (0.0, 0.2, 0.4)  # of the steps: where the published thresholds are
 NEVER_MET = 1.0
+SAME_KERNEL = ("--use-pytorch-cross-attention",)
 THEIRS = "diffusers"
 PLAIN_FORWARD = "a forward without a gradient, ours"
 SAME_NETWORK, SAME_ROUNDED_NETWORK = 1e-4, 0.1
@@ -418,7 +420,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.size and args.size % 64:
         parser.error(f"--size {args.size}: diffusers reads attention on whole grids, so use a multiple of 64")
-    start_host()
+    start_host(argv=SAME_KERNEL)
     if args.threads:
         torch.set_num_threads(args.threads)
     target = Target.here(args.dtype)
