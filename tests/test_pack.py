@@ -47,8 +47,8 @@ def inputs_of(info: dict[str, Any]) -> Iterator[tuple[str, str, Any, dict[str, A
 # ------------------------------------------------------------------------------------------ loading
 
 
-def test_the_server_loads_the_pack_without_a_complaint(startup_log: str) -> None:
-    lines = startup_log.splitlines()
+def test_the_server_loads_the_pack_without_a_complaint(startup_log: str, host_path: Path) -> None:
+    lines = startup_log.replace(str(host_path), "").splitlines()  # the host may lie in a folder that is named after the pack
     loaded = [line for line in lines if PACK_FOLDER in line and "seconds:" in line]
     assert len(loaded) == 1 and "IMPORT FAILED" not in loaded[0], loaded
     bad = [
