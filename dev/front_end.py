@@ -233,6 +233,15 @@ class FrontEnd:
         box.fill(term)
         return results
 
+    def put_down(self, x: float, y: float) -> None:
+        """Some front ends carry a node that was searched for with the pointer; a first click only closes the search."""
+        for _ in range(PATIENCE // GLANCE):
+            self.page.mouse.click(x, y)
+            with contextlib.suppress(PlaywrightTimeout):
+                self.page.wait_for_function("() => app.canvas.state?.ghostNodeId == null", timeout=GLANCE // 10)
+                return
+        raise AssertionError("the node is still carried by the pointer")
+
     def open_help(self, kind: str) -> None:
         """Select a new node, and press the button above it that opens its help."""
         self.page.evaluate(SELECT_NEW, kind)

@@ -253,8 +253,7 @@ def test_blueprints_are_found_and_come_whole(path: Path, ui: FrontEnd) -> None:
     ui.page.evaluate("() => app.graph.clear()")
     ui.search(path.stem.partition(" (")[0]).filter(has_text=path.stem).first.click()
     ui.page.wait_for_function("() => app.graph.nodes.length > 0")
-    ui.page.mouse.move(690, 490)
-    ui.page.mouse.click(700, 500)  # some front ends carry a new node with the pointer until it is put down
+    ui.put_down(700, 500)
     (root,) = ui.page.evaluate("() => app.graph.nodes.map((node) => node.serialize())")
     inside = ui.page.evaluate("() => app.graph.nodes[0].subgraph.nodes.map(({ type }) => type)")
     blueprint = workflow_files.load(path)
