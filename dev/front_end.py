@@ -17,7 +17,7 @@ from playwright.sync_api import ConsoleMessage, Locator, Page, Playwright, expec
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 PATIENCE = 180_000  # ms; only ever waited for in full when something is broken
-GLANCE = 10_000  # ms, for what can be tried again
+GLANCE = 6_000  # ms, for what can be tried again
 FLAGS = (
     "--disable-gpu",
     "--disable-quic",
@@ -148,10 +148,11 @@ class FrontEnd:
         """Search until the card shows its picture.
 
         On a busy machine some front ends believe that a card which came into view has left it: they read the first of
-        the observer's entries where the last one counts. Searching again makes the card anew.
+        the observer's entries where the last one counts. When the card has gone and comes back, it looks again.
         """
         for _ in range(PATIENCE // GLANCE):
-            search.fill("")
+            search.fill("qqxxzz")
+            card.wait_for(state="detached")
             search.fill(name)
             with contextlib.suppress(PlaywrightTimeout):
                 shown = card.locator("img:not([src*=default-template])").first.element_handle(timeout=GLANCE)
@@ -238,7 +239,7 @@ class FrontEnd:
         for _ in range(PATIENCE // GLANCE):
             self.page.mouse.click(x, y)
             with contextlib.suppress(PlaywrightTimeout):
-                self.page.wait_for_function("() => app.canvas.state?.ghostNodeId == null", timeout=GLANCE // 10)
+                self.page.wait_for_function("() => app.canvas.state?.ghostNodeId == null", timeout=GLANCE // 6)
                 return
         raise AssertionError("the node is still carried by the pointer")
 
