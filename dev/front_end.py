@@ -65,8 +65,8 @@ PICTURE = """([id, index]) => {
     return fit(element, frame.left, frame.top, frame.width, frame.height);
   }
   const node = app.graph.getNodeById(id), picture = node.imgs?.[index];
-  if (!picture) return null;
   const widget = node.widgets.find(({ name }) => name === "$$canvas-image-preview"), line = 15;
+  if (!picture || !widget) return null;
   const alone = [0, widget.y, node.size[0], widget.computedHeight - line, 1];
   const frame = node.imageIndex === null ? node.imageRects?.[index] : alone;
   const inside = frame && fit(picture, ...frame);
