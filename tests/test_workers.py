@@ -46,7 +46,7 @@ def pictures(worker: HostServer, result: Result) -> dict[str, list[np.ndarray]]:
     return found
 
 
-def test_each_of_two_workers_gives_what_one_gives(workers: list[HostServer], object_info: dict[str, Any]) -> None:
+def test_a_worker_beside_another_gives_what_one_alone_gives(workers: list[HostServer], object_info: dict[str, Any]) -> None:
     """While the other is at work too: the second one's pictures are what the first makes of the same prompt."""
     first, _ = workers
     jobs = [short(TOGETHER, seed, object_info) for seed in (1, 2)]
