@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ from .distill_reference import Purpose, References, noised_alike
 from .gradient import ModelPass
 from .host import log
 from .layer_names import list_layers
+from .windows import Window, average
 
 # --- one run ---------------------------------------------------------------------------------------------------------------
 
@@ -53,6 +55,7 @@ class DistillReport:
             "layers": [layer.name for layer in job.layers],
             "references": len(job.references),
             "content_weight": settings.content_weight if job.content is not None else None,
+            "windows": len(job.windows),
             "reference_features": {"reused": self.reused, "computed": self.computed},
             "steps": self.steps,
         }
@@ -67,8 +70,11 @@ class DistillReport:
         )
         text += f", loss {losses[0]:.4g} to {losses[-1]:.4g}"
         text += f", reference features reused {self.reused} of {self.reused + self.computed} times"
-        if job.regions is not None and job.regions.missing():
-            text += f"; grey values {sorted(job.regions.missing())} of target_mask are not in reference_mask and were left free"
+        if len(job.windows) > 1:
+            text += f", in {len(job.windows)} windows"
+        missing = set().union(*(regions.missing() for regions in job.regions or ()))
+        if missing:
+            text += f"; grey values {sorted(missing)} of target_mask are not in reference_mask and were left free"
         return text
 
 
@@ -137,6 +143,19 @@ class Distillation:
     ) -> Tensor:
         """The inner sampler, a part at a time; between two parts the latent is optimised."""
         run = _Run(self, model, extra_args)
+        with run.prompts_in_windows():
+            return self._in_parts(run, model, x, sigmas, extra_args, callback, options)
+
+    def _in_parts(
+        self,
+        run: _Run,
+        model: Any,
+        x: Tensor,
+        sigmas: Tensor,
+        extra_args: Any,
+        callback: Any,
+        options: Mapping[str, Any],
+    ) -> Tensor:
         last: dict[str, Any] = {}
 
         def on_step(state: Mapping[str, Any], start: int) -> None:
@@ -192,13 +211,21 @@ class _Run:
         noise: Tensor = model.noise
         self.batch, self.device = len(noise), noise.device
         self.known = model.latent_image
-        size = {"width": noise.shape[-1] * 8, "height": noise.shape[-2] * 8} if noise.ndim == 4 else {}
+        self.windows = job.windows
+        seen = self.windows[0].of(noise)
+        size = {"width": seen.shape[-1] * 8, "height": seen.shape[-2] * 8} if noise.ndim == 4 else {}
         prompt = host.prompt_everywhere(job.null_prompt, guidance=1.0)
         seed = extra_args.get("seed")
-        self.cond = host.processed_cond(self.base_model, prompt, noise, seed, self.known, extra_args.get("denoise_mask"))
+        mask = extra_args.get("denoise_mask")
+
+        def cond_in(window: Window) -> dict[str, Any]:
+            within = None if mask is None else window.of(mask)
+            return host.processed_cond(self.base_model, prompt, window.of(noise), seed, window.of(self.known), within)
+
+        self.conds = [cond_in(window) for window in self.windows]
 
         def cond_for(latent: Tensor) -> dict[str, Any]:
-            """The null prompt for a reference. As published, SDXL is told the size of the target."""
+            """The null prompt for a reference. As published, SDXL is told the size of the target (of a window)."""
             return host.processed_cond(self.base_model, {**size, **prompt}, latent, seed, latent)
 
         self.references = References(
@@ -262,35 +289,58 @@ class _Run:
         """Some steps of Adam on ``z``, in place."""
         mask = self._mask(sigma)
         level = z.new_full((self.batch,), sigma, dtype=torch.float32)
-        objective = DistillObjective(
-            self.references.features(sigma),
-            self._content_queries(sigma, level),
-            self.settings.content_weight,
-            self.settings.attn_scale,
-            self.job.regions,
-        )
+        objectives = self._objectives(sigma, level)
         losses: list[float] = []
         style: list[float] = []
         content: list[float] = []
         for _ in range(self.job.iterations):
-            host.check_interrupted()
-            found = self.passes.gradient(self.cond, z / scale, level, objective)
-            assert found is not None
-            loss = float(found.loss.mean())
-            if not math.isfinite(loss) or not bool(found.latent.isfinite().all()):
-                raise RuntimeError(self._why_not_finite(z, objective, step, len(losses)))
+            loss, gradient = self._gradient(z / scale, level, objectives)
+            if not math.isfinite(loss) or not bool(gradient.isfinite().all()):
+                raise RuntimeError(self._why_not_finite(z, objectives[0], step, len(losses)))
             losses.append(loss)
-            style.append(_mean(objective.style_loss))
-            content.append(_mean(objective.content_loss))
-            _move(z, found.latent / scale, adam, mask)
+            style.append(_mean([objective.style_loss for objective in objectives]))
+            content.append(_mean([objective.content_loss for objective in objectives]))
+            _move(z, gradient / scale, adam, mask)
             self.progress.tick(z / scale, estimate())
         entry: dict[str, Any] = {"step": step, "sigma": sigma, "loss": losses}
-        if objective.content is not None:
+        if self._keeps_content:
             entry.update(style_loss=style, content_loss=content)
         self.report.steps.append(entry)
         self.report.reused, self.report.computed = self.references.reused, self.references.computed
 
     # Parts
+
+    def prompts_in_windows(self) -> AbstractContextManager[None]:
+        """Lets the guider's prompts act in every window, while the block lasts."""
+        if len(self.windows) == 1:
+            return nullcontext()
+        return host.prompts_by_area(self.model.inner_model, [window.area for window in self.windows])
+
+    def _objectives(self, sigma: float, level: Tensor) -> list[DistillObjective]:
+        """For each window; all share the references' features."""
+        features = self.references.features(sigma)
+        return [
+            DistillObjective(
+                features,
+                self._content_queries(place, sigma, level),
+                self.settings.content_weight,
+                self.settings.attn_scale,
+                self.job.regions[place] if self.job.regions else None,
+            )
+            for place in range(len(self.windows))
+        ]
+
+    def _gradient(self, x: Tensor, level: Tensor, objectives: Sequence[DistillObjective]) -> tuple[float, Tensor]:
+        """The mean loss, and its gradient with respect to ``x``: of every window, averaged where they overlap."""
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for window, cond, objective in zip(self.windows, self.conds, objectives, strict=True):
+            host.check_interrupted()
+            found = self.passes.gradient(cond, window.of(x), level, objective)
+            assert found is not None
+            losses.append(found.loss)
+            gradients.append(found.latent)
+        return float(torch.stack(losses).mean()), average(gradients, self.windows, x)
 
     def _scale(self, sigma: float) -> float:
         return float(host.input_scale(self.base_model, torch.tensor([sigma])))
@@ -304,23 +354,27 @@ class _Run:
         references = self.references.at(sigma, Purpose.COLOURS)
         return adain(x, references, epsilon=1e-6 * unit, mask=self._mask(sigma))
 
-    def _content_queries(self, sigma: float, level: Tensor) -> dict[CallKey, Tensor] | None:
-        """The content's queries in every call, computed in the same batches and by the same kernels as the latent's.
+    @property
+    def _keeps_content(self) -> bool:
+        return self.content is not None and self.settings.content_weight != 0
+
+    def _content_queries(self, place: int, sigma: float, level: Tensor) -> dict[CallKey, Tensor] | None:
+        """The content's queries in every call of a window, computed in the same batches and by the same kernels as the latent's.
 
         Where the latent is the content, as at the start of 'optimise', any difference would be noise that Adam enlarges.
         """
-        if self.content is None or self.settings.content_weight == 0:
+        if self.content is None or not self._keeps_content:
             return None
         if self.settings.method is Method.GUIDED:
             x = torch.cat(noised_alike(self.base_model, self.content.split(1), sigma, Purpose.CONTENT))
         else:
             x = self.content / self._scale(sigma)
-        x = x.expand(self.batch, *x.shape[1:])
+        x = self.windows[place].of(x.expand(self.batch, *x.shape[1:]))
         found: dict[CallKey, list[Tensor]] = {}
         with host.differentiable_kernels():
             for rows in self.passes.parts(x, torch.arange(self.batch, device=x.device)):
                 measured = self.passes.look(
-                    self.cond, x[rows], level[rows], lambda layer, call: (call_key(layer, call), call.inputs.q)
+                    self.conds[place], x[rows], level[rows], lambda layer, call: (call_key(layer, call), call.inputs.q)
                 )
                 for _, (key, q) in measured:
                     found.setdefault(key, []).append(q.clone())
@@ -357,8 +411,9 @@ def _move(z: Tensor, gradient: Tensor, adam: torch.optim.Optimizer, mask: Tensor
             z.copy_(before + mask * (z - before))
 
 
-def _mean(losses: Mapping[int, Tensor]) -> float:
-    return float(torch.stack(list(losses.values())).mean())
+def _mean(losses: Sequence[Mapping[int, Tensor]]) -> float:
+    """Of all windows' pictures."""
+    return float(torch.stack([loss for of_window in losses for loss in of_window.values()]).mean())
 
 
 # --- the whole node --------------------------------------------------------------------------------------------------------

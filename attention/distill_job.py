@@ -11,14 +11,18 @@ from enum import Enum
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import host
 from .distill_losses import MAX_LABELS, Regions, labels_of
+from .excite import ExciteGuider
 from .gradient import Memory
 from .layer_names import parse_layers
+from .seamless import is_seamless
 from .sites import CaptureLayer, capture_layers, check_differentiable, layer_grid, network_layout
 from .stepping import sampler_name
+from .windows import Window, windows_of
 
 
 class Method(str, Enum):
@@ -34,9 +38,16 @@ class Adain(str, Enum):
     OFF = "off"
 
 
+LEAST_WINDOW = 64
+
+
 @dataclass(frozen=True)
 class DistillSettings:
-    """What the artist chose; iterations and learning_rate 0 are the published values for the method and the model."""
+    """What the artist chose; iterations and learning_rate 0 are the published values for the method and the model.
+
+    Attributes:
+        window, window_stride: in pixels of the picture; window 0 is the whole.
+    """
 
     method: Method = Method.GUIDED
     iterations: int = 0
@@ -49,6 +60,8 @@ class DistillSettings:
     attn_scale: float = 1.0
     layers: str = ""
     memory: Memory = Memory.AUTO
+    window: int = 0
+    window_stride: int = 64
 
     def __post_init__(self) -> None:
         for name in ("iterations", "learning_rate", "content_weight"):
@@ -66,6 +79,13 @@ class DistillSettings:
             raise ValueError(f"every_n_steps is {self.every_n_steps}: it counts steps, so use 1 (every step) or more.")
         if not self.attn_scale > 0:
             raise ValueError(f"attn_scale is {self.attn_scale:g}: use more than 0 (1 as published, more is sharper).")
+        if self.window < 0 or 0 < self.window < LEAST_WINDOW:
+            raise ValueError(f"window is {self.window}: use 0 (the whole picture) or at least {LEAST_WINDOW} pixels.")
+        if self.window and not 0 < self.window_stride <= self.window:
+            raise ValueError(
+                f"window_stride is {self.window_stride} and window {self.window}: windows that are further apart than they are "
+                "wide leave gaps, so use 1 to the window's side, best an eighth to a half of it."
+            )
 
     @property
     def uses_adain(self) -> bool:
@@ -129,6 +149,8 @@ class DistillJob:
     Attributes:
         references, content: clean latents (n, channels, ...), as they come from the VAE.
         null_prompt: CONDITIONING of the empty prompt.
+        windows: what of the latent is looked at together.
+        regions: for each window.
     """
 
     settings: DistillSettings
@@ -137,8 +159,9 @@ class DistillJob:
     learning_rate: float
     references: Tensor
     null_prompt: Sequence[Any]
+    windows: Sequence[Window]
     content: Tensor | None = None
-    regions: Regions | None = None
+    regions: Sequence[Regions] | None = None
 
 
 def prepare(
@@ -177,6 +200,7 @@ def prepare(
     if content is not None:
         content = _fitting(content, "content", model)
         _check_content(content, latent)
+    windows = _windows(settings, guider, latent)
     regions = None
     if (reference_mask is None) != (target_mask is None):
         missing = "target_mask" if target_mask is None else "reference_mask"
@@ -184,7 +208,7 @@ def prepare(
             f"{missing} is not connected: labels say what of the picture follows what of the reference, so connect both."
         )
     if reference_mask is not None and target_mask is not None:
-        regions = _regions(network, layers, latent, reference, reference_mask, target_mask)
+        regions = _regions(network, layers, latent, windows, reference, reference_mask, target_mask)
     return DistillJob(
         settings,
         layers,
@@ -192,6 +216,7 @@ def prepare(
         settings.learning_rate or rate,
         reference,
         null_prompt,
+        windows,
         content,
         regions,
     )
@@ -245,14 +270,38 @@ def _size(latent: Tensor) -> str:
     return f"{latent.shape[-1]} x {latent.shape[-2]}"
 
 
+def _windows(settings: DistillSettings, guider: Any, latent: Tensor) -> list[Window]:
+    ratio = host.pixels_per_latent(guider.model_patcher)
+    side, stride = (max(round(pixels / ratio), 1) for pixels in (settings.window, settings.window_stride))
+    height, width = latent.shape[-2:]
+    found = windows_of(height, width, side if settings.window else 0, stride)
+    if len(found) == 1:
+        return found
+    if isinstance(guider, ExciteGuider):
+        raise ValueError(
+            "window cannot be used with Attend-and-Excite, which looks for every subject in the whole picture. Set window to 0, "
+            "or use CFGGuider."
+        )
+    for name, where in host.LIMITS_OF_A_WINDOW.items():
+        if any(name in cond for conds in host.prompts_of(guider) for cond in conds):
+            raise ValueError(f"window cannot be used with {where}, made for the whole picture. Set window to 0, or take it out.")
+    if is_seamless(guider.model_patcher):
+        raise ValueError(
+            "window cannot be used with Seamless Tiling, which joins the edges of what the model sees. Set window to 0: a larger "
+            "latent_image gives a larger seamless texture too."
+        )
+    return found
+
+
 def _regions(
     network: torch.nn.Module,
     layers: Sequence[CaptureLayer],
     latent: Tensor,
+    windows: Sequence[Window],
     reference: Tensor,
     of_reference: Tensor,
     of_target: Tensor,
-) -> Regions:
+) -> list[Regions]:
     layout = network_layout(network)
     if any(layer.kind != "self" for layer in layers):
         raise ValueError(
@@ -279,12 +328,16 @@ def _regions(
             "greys belong together, so paint each region of the picture in the grey of the reference's region it follows."
         )
     grids = {}
+    seen = windows[0].of(latent)
     for layer in layers:
-        own, other = (layer_grid(network, layout, layer.name, tuple(each.shape)) for each in (latent, reference))
+        own, other = (layer_grid(network, layout, layer.name, tuple(each.shape)) for each in (seen, reference))
         if own is None or other is None:
             raise ValueError(f"reference_mask cannot be used: the places of {type(network).__name__}'s tokens are not known.")
         grids[layer.name] = (own, [other] * len(reference))
-    return Regions(targets, list(references), grids)
+    if len(windows) == 1:
+        return [Regions(targets, list(references), grids)]
+    targets = F.interpolate(targets[None].float(), size=tuple(latent.shape[-2:]), mode="nearest")[0].long()
+    return [Regions(window.of(targets), list(references), grids) for window in windows]
 
 
 def _greys(labels: Tensor) -> list[int]:

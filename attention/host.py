@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import comfy.model_management
 import comfy.model_sampling
@@ -263,6 +263,10 @@ _LIMITS_OF_A_PROMPT = (
 )  # fmt: skip
 
 
+# Of these, what cannot be cut into windows, and what the artist calls it.
+LIMITS_OF_A_WINDOW = {"area": "prompts for an area", "control": "ControlNet", "gligen": "GLIGEN"}
+
+
 def sample(
     guider: Any, noise: Any, sampler: Any, sigmas: torch.Tensor, latent: Mapping[str, Any], on_step: Callable[..., None]
 ) -> torch.Tensor:
@@ -296,6 +300,11 @@ def latent_channels(model: ModelPatcher) -> tuple[int, int]:
     """Channels of the model's latents, and their dimensions: 2 for pictures, 3 for video, 1 for sound."""
     latent_format = model.get_model_object("latent_format")
     return latent_format.latent_channels, latent_format.latent_dimensions
+
+
+def pixels_per_latent(model: ModelPatcher) -> int:
+    """Side of the picture's part that one latent pixel stands for. (0.3.75 does not say: 8 for all that this pack can name.)"""
+    return int(getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8))
 
 
 def packs_latents(model: ModelPatcher) -> bool:
@@ -360,6 +369,24 @@ def noised(base_model: Any, latent: torch.Tensor, noise: torch.Tensor, sigma: fl
     return base_model.model_sampling.noise_scaling(level, noise, latent)
 
 
+def prompts_of(guider: Any) -> list[Sequence[Mapping[str, Any]]]:
+    """All prompts that a guider was given, before it samples: for each kind (positive, negative, ...) the list of its conds."""
+    return list(getattr(guider, "original_conds", {}).values())
+
+
+@contextmanager
+def prompts_by_area(guider: Any, areas: Sequence[tuple[int, ...]]) -> Iterator[None]:
+    """Let every prompt of a running guider act in each of the areas (sizes, then starts), which the host then averages."""
+    before = guider.conds
+    guider.conds = {
+        name: [{**cond, "area": area, "uuid": uuid4()} for cond in conds for area in areas] for name, conds in before.items()
+    }
+    try:
+        yield
+    finally:
+        guider.conds = before
+
+
 def prompt_everywhere(conditioning: Sequence[Any], **defaults: Any) -> dict[str, Any]:
     """The first prompt of a CONDITIONING, for the whole picture and the whole run, without ControlNet.
 
@@ -388,8 +415,10 @@ def cond_values(cond: Mapping[str, Any]) -> dict[str, Any]:
 def weights_key(guider: Any) -> tuple[Any, ...] | None:
     """Changes whenever the model computes something else; None where that cannot be known."""
     model = guider.model_patcher
-    others = [name for name in model.object_patches if name != "model_sampling"]
-    return None if others or any(model.injections.values()) else (model.patches_uuid,)
+    values = {name: value for name, value in model.object_patches.items() if name != "model_sampling"}
+    if any(model.injections.values()) or not all(isinstance(value, (str, int, float)) for value in values.values()):
+        return None
+    return (model.patches_uuid, *sorted(values.items()))
 
 
 def schedule_key(base_model: Any, sigma: float) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import workflow_files
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 SIDE, MARGIN, CAPTION = 512, 8, 44
 BACKGROUND, TEXT = "#1e1f22", "#e8e8e8"
@@ -25,6 +25,7 @@ IN_HELP = {
     "attend-and-excite": "Attend-and-Excite - every subject in the picture",
     "attention-distillation": "Attention Distillation - style from a picture",
     "attention-maps": "Attention maps - where each word looks",
+    "seamless": "Attention Distillation - seamless and large textures",
     "dit": "DiT - class to picture",
 }
 HELP_SIDE = 384
@@ -49,7 +50,7 @@ def make_thumbnail(pictures: Sequence[Path], captions: Sequence[str], target: Pa
     for across, column in enumerate(columns):
         for down, path in enumerate(column):
             with Image.open(path) as picture:
-                small = picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+                small = ImageOps.pad(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS, color=BACKGROUND)
                 sheet.paste(small, (left + across * (side + MARGIN), top + down * (side + MARGIN)))
     share = SIDE // len(groups)
     for index, caption in enumerate(groups):

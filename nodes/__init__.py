@@ -7,6 +7,7 @@ from .distill import AttentionDistillSampler
 from .dit import DiTClassLabel, DiTLoader, DiTSampler
 from .excite import AttendExciteGuider
 from .prompt import FoveaPrompt
+from .seamless import FoveaSeamless, FoveaSeamlessDecode
 from .tgate import TGateCache
 
 NODES = [
@@ -21,4 +22,6 @@ NODES = [
     DiTSampler,
     AttendExciteGuider,
     AttentionDistillSampler,
+    FoveaSeamless,
+    FoveaSeamlessDecode,
 ]

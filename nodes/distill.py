@@ -158,6 +158,30 @@ class AttentionDistillSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Regions of the new picture, in the greys of reference_mask. Other greys are left free.",
                 ),
+                advanced(
+                    io.Int.Input(
+                        "window",
+                        default=0,
+                        min=0,
+                        max=8192,
+                        step=64,
+                        optional=True,
+                        tooltip="Side of what the model looks at together, in pixels, for textures larger than it was trained "
+                        "for: 512 for SD1.5, 1024 for SDXL. 0 is the whole picture at once.",
+                    )
+                ),
+                advanced(
+                    io.Int.Input(
+                        "window_stride",
+                        default=64,
+                        min=8,
+                        max=8192,
+                        step=8,
+                        optional=True,
+                        tooltip="From one window to the next, in pixels. Less blends better and takes more time; 64 as "
+                        "published.",
+                    )
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="output", tooltip="The finished latent."),
@@ -195,6 +219,8 @@ class AttentionDistillSampler(io.ComfyNode):
         content: dict[str, Any] | None = None,
         reference_mask: Any = None,
         target_mask: Any = None,
+        window: int = 0,
+        window_stride: int = 64,
     ) -> io.NodeOutput:
         settings = DistillSettings(
             Method(method),
@@ -208,6 +234,8 @@ class AttentionDistillSampler(io.ComfyNode):
             attn_scale,
             layers,
             Memory(memory),
+            window,
+            window_stride,
         )
         latent = host.fitting_latent(guider.model_patcher, latent_image)
         pictures = reference["samples"], null_prompt, None if content is None else content["samples"]

@@ -8,7 +8,8 @@ References are drawn, not sampled: patterned grounds, and the styles the model k
 ``style``: the prompt names two objects and nothing of the style. How far is each picture from its reference (``scenes.style``)
 in a plain run, with the reference's keys and values in place of the picture's own in the same layers and at the same sigma
 (K/V injection), and with Attention Distillation? ``transfer``: a drawn scene is the content; how many of its objects does
-``detect`` still find right? All rows of a part have the same prompts or contents, references and noise.
+``detect`` still find right? Some rows start from the content as image to image does, with its caption as prompt. All rows of a
+part have the same prompts or contents, references and noise.
 """
 
 from __future__ import annotations
@@ -45,7 +46,11 @@ STYLE_ROWS = ("plain", "K/V injection", *DISTILLED)
 TRANSFERRED: dict[str, dict[str, Any]] = {
     "optimised, published": {"method": "optimise"},
     "optimised, content weight 1": {"method": "optimise", "content_weight": 1.0},
+    "guided from content, denoise 0.5": {"content_weight": 1.0},
+    "guided from content, denoise 0.7": {"content_weight": 1.0},
 }
+DENOISE = {"guided from content, denoise 0.5": 0.5, "guided from content, denoise 0.7": 0.7}
+GUIDED_CFG = 3.0
 
 
 # ------------------------------------------------------------------------------------- what is asked for
@@ -153,16 +158,18 @@ class Setup:
     cfg: float = 5.0
     seed: int = 0
 
-    def run(self, model: Any, texts: Sequence[str], start: int, steps: int) -> dict[str, Any]:
+    def run(
+        self, model: Any, texts: Sequence[str], start: int, steps: int, cfg: float | None = None, denoise: float = 1.0
+    ) -> dict[str, Any]:
         """Inputs of SamplerCustomAdvanced for pictures number ``start`` and on."""
         latent = host_node("EmptyLatentImage")(width=evaluate.SIDE, height=evaluate.SIDE, batch_size=len(texts))[0]
         latent["batch_index"] = list(range(start, start + len(texts)))
         prompts = {"positive": evaluate.encode(self.clip, texts), "negative": evaluate.encode(self.clip, [""])}
         return {
             "noise": sampling_node("RandomNoise", noise_seed=self.seed),
-            "guider": sampling_node("CFGGuider", model=model, **prompts, cfg=self.cfg),
+            "guider": sampling_node("CFGGuider", model=model, **prompts, cfg=self.cfg if cfg is None else cfg),
             "sampler": sampling_node("KSamplerSelect", sampler_name="euler"),
-            "sigmas": sampling_node("BasicScheduler", model=model, scheduler="ddim_uniform", steps=steps, denoise=1.0),
+            "sigmas": sampling_node("BasicScheduler", model=model, scheduler="ddim_uniform", steps=steps, denoise=denoise),
             "latent_image": latent,
         }
 
@@ -183,10 +190,14 @@ class Setup:
         return self._decoded([sampling_node("SamplerCustomAdvanced", **run)])
 
     @torch.inference_mode()
-    def transferred(self, row: str, reference: Reference, contents: Tensor, start: int) -> Tensor:
+    def transferred(self, row: str, reference: Reference, contents: Tensor, texts: Sequence[str], start: int) -> Tensor:
         """Pictures [N, 256, 256, 3] of one row of the second part."""
-        run = self.run(self.model, [""] * len(contents), start, self.transfer_steps)
         pictures = {"reference": self.encoded(reference.picture[None]), "content": self.encoded(contents)}
+        if row in DENOISE:
+            run = self.run(self.model, texts, start, self.steps, GUIDED_CFG, DENOISE[row])
+            run["latent_image"] = {**run["latent_image"], **pictures["content"]}
+        else:
+            run = self.run(self.model, [""] * len(contents), start, self.transfer_steps)
         null = evaluate.encode(self.clip, [""])
         execute = pack_nodes()["AttentionDistillSampler"].execute
         return self._decoded(execute(**run, **pictures, null_prompt=null, **TRANSFERRED[row]))
@@ -300,8 +311,8 @@ def transfer_part(setup: Setup, count: int, rows: Sequence[str]) -> tuple[dict[s
     contents, prompts = draw_contents(count)
 
     def make(row: str, reference: Reference, start: int, size: int) -> Tensor:
-        own = contents[start : start + size]
-        return own if row == "content as it is" else setup.transferred(row, reference, own, start)
+        own, texts = contents[start : start + size], [prompt.text for prompt in prompts[start : start + size]]
+        return own if row == "content as it is" else setup.transferred(row, reference, own, texts, start)
 
     report, shown = measure(["content as it is", *rows], make, chosen, prompts, judged=True)
     return report, side_by_side([reference.picture for reference in chosen], shown)
