@@ -31,6 +31,7 @@ from .sites import AttentionSite, Kind, attention_sites
 KEY = "fovea.tgate"
 
 POSITIVE, NEGATIVE = 0, 1
+MAX_SHARE = 3.0
 SETTLED = 0.5  # of the largest change of the run
 
 
@@ -62,6 +63,8 @@ class TGateSettings:
         sp_interval: self-attention is computed every so many steps before the gate (1: always).
         fi_interval: the same from the gate on.
         warm_up: steps at the start in which self-attention is always computed.
+        positive_share: how much of the positive prompt's attention is in what the gate stores, the rest being the negative's:
+            0.5 is the mean, as published; 1 the positive alone; above 1 away from the negative. Only where one is dropped.
         tolerance: auto mode only; the gate opens once cross-attention changes by less than this from one step to the
             next (relative L2 norm over all modules), and by less than half of the run's largest change.
     """
@@ -74,6 +77,7 @@ class TGateSettings:
     mode: Mode = Mode.FIXED
     tolerance: float = 0.05
     cache_device: CacheDevice = CacheDevice.AUTO
+    positive_share: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 < self.gate_at <= 1:
@@ -86,6 +90,11 @@ class TGateSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}: it counts steps, so use 1 (always compute) or more.")
         if self.warm_up < 0:
             raise ValueError(f"warm_up is {self.warm_up}: it counts steps, so use 0 or more.")
+        if not 0 <= self.positive_share <= MAX_SHARE:
+            raise ValueError(
+                f"positive_share is {self.positive_share:g}: use 0.5 (the mean of both prompts, as published), 1 (the positive "
+                f"prompt alone), or at most {MAX_SHARE:g}."
+            )
         if self.mode is Mode.AUTO and not self.tolerance > 0:
             raise ValueError(f"tolerance is {self.tolerance:g}: auto mode needs more than 0 (0.05 is a good start).")
 
@@ -148,8 +157,8 @@ def _planning_self_attention(step: int, settings: TGateSettings) -> Action:
 class AttentionCache:
     """Outputs of attention modules, (batch of one cond, tokens, channels), in the model's dtype.
 
-    ``conds`` has one entry per site and conditioning; ``means`` one per site, the mean of the positive and the negative
-    output; ``halves`` are what a mean still waits for, where the two prompts come in separate model calls.
+    ``conds`` has one entry per site and conditioning; ``means`` one per site, the weighted mean of the positive and the
+    negative output; ``halves`` are what a mean still waits for, where the two prompts come in separate model calls.
     """
 
     device: torch.device | None
@@ -163,16 +172,14 @@ class AttentionCache:
         for uuid, chunk in zip(uuids, output.chunk(len(uuids)), strict=True):
             self.conds[site, uuid] = self._own(chunk)
 
-    def store_mean(self, site: str, prompts: int, output: torch.Tensor) -> None:
-        """Keep the mean of the positive and the negative chunk; a prompt that comes alone waits for the other one."""
-        if prompts == 2:
-            first, second = output.chunk(2)
-        elif site in self.halves:
-            first, second = self.halves.pop(site).to(output.device), output
-        else:
-            self.halves[site] = self._own(output)
+    def store_mean(self, site: str, shares: list[float], output: torch.Tensor) -> None:
+        """Keep the weighted mean of the two prompts' chunks; a prompt that comes alone waits for the other one."""
+        parts = [chunk * share for chunk, share in zip(output.chunk(len(shares)), shares, strict=True)]
+        if len(parts) == 1 and site not in self.halves:
+            self.halves[site] = parts[0] if self.device is None else parts[0].to(self.device)
             return
-        mean = (first + second) / 2
+        other = parts[1] if len(parts) == 2 else self.halves.pop(site).to(output.device)
+        mean = parts[0] + other
         self.means[site] = mean if self.device is None else mean.to(self.device)
 
     def begin_store(self, sites: list[AttentionSite]) -> None:
@@ -396,7 +403,7 @@ class TGate:
             step_plan = StepPlan(Action.COMPUTE, Action.COMPUTE)
         if step_plan.cross_attention is Action.STORE:
             run.cache.begin_store([site for site in sites if step_plan.action(site.kind) is Action.STORE])
-        if opened and run.settings.fi_interval == 1:
+        if step_plan.self_attention is Action.COMPUTE:  # what was kept of it is of no more use
             run.cache.forget([site for site in sites if site.kind == "self"])
 
         run.call = MainCall(step_plan, pair)
@@ -555,6 +562,7 @@ def _store(
 ) -> Callable[..., None]:
     """A hook that keeps what the module's last layer returns; it also fires where another pack replaced the attention."""
     mean = call.pair is not None and call.plan.cross_attention is Action.STORE
+    shares = [_share_of(uuid, call.pair, run.settings) for uuid in uuids] if call.pair is not None else []
     resized = site.kind == "cross" and host.has_input_patches(options, "attn2")
 
     def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -563,11 +571,16 @@ def _store(
         elif run.stopped:
             return
         elif mean:
-            run.cache.store_mean(site.name, len(uuids), output)
+            run.cache.store_mean(site.name, shares, output)
         else:
             run.cache.store(site.name, uuids, output)
 
     return hook
+
+
+def _share_of(uuid: UUID, pair: tuple[UUID, UUID], settings: TGateSettings) -> float:
+    """Of one of the two prompts in what the gate stores."""
+    return settings.positive_share if uuid == pair[POSITIVE] else 1 - settings.positive_share
 
 
 def _measure(site: AttentionSite, run: TGateRun, uuids: list[UUID]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""The developer commands: `python dev demo`, `test`, `eval`, `bench NAME`, `matrix`, `neighbours`, `soak`, `api` and `env`.
+"""The developer commands: `python dev demo`, `test`, `eval`, `bench`, `matrix`, `neighbours`, `soak`, `api` and `env`.
 
 Any Python 3.10 or newer can start them. It makes the environment they need, then hands over to that environment's
 Python: the same command again, with `FOVEA_INSIDE` set and `COMFYUI_PATH` naming the host. Started this way, the folder
@@ -25,7 +25,7 @@ import suite
 from stages import SetupError
 
 INSIDE = "FOVEA_INSIDE"
-_SHARED_BY_BENCHMARKS = {"__init__", "measure", "memory", "models", "daam_worker"}
+_SHARED_BY_BENCHMARKS = {"__init__", "measure", "memory", "models", "similarity", "daam_worker"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,8 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     test.add_argument("--host", metavar="VERSION", help="every check on this pinned ComfyUI, or on 'all' of them")
     add("eval", parents=[host], add_help=False, help="measure the embedded model, or a technique on it: eval [NAME]; eval --help")
-    bench = add("bench", parents=[host], add_help=False, help="measure speed and memory; bench NAME --help")
-    bench.add_argument("name", choices=benchmarks(), metavar="NAME", help=f"one of: {', '.join(benchmarks())}")
+    names = ", ".join(name for name in benchmarks() if name != "page")
+    add("bench", parents=[host], add_help=False, help=f"measure speed and memory, all on one page, or one: {names}; NAME --help")
     add("matrix", parents=[host], add_help=False, help="what every node does on every family of models; matrix --help")
     add("neighbours", parents=[host], add_help=False, help="what every node does beside ComfyUI's own; neighbours --help")
     add("soak", parents=[host], add_help=False, help="hundreds of prompts on one server: does anything grow? soak --help")
@@ -91,24 +91,32 @@ def run_inside(arguments: argparse.Namespace, rest: list[str]) -> int:
     """The command itself, now that this Python has all it needs."""
     if arguments.command == "demo":
         return demo.main(Path(os.environ["COMFYUI_PATH"]), arguments)
-    if arguments.command == "eval":
-        script, rest = evaluation(rest)
+    if arguments.command in ("eval", "bench"):
+        script, rest = chosen_script(arguments.command, rest)
         return run_script(script, rest)
     scripts = {"matrix": "matrix.py", "neighbours": "neighbours.py", "api": "host_api.py", "soak": "soak.py"}
-    if arguments.command in scripts:
-        return run_script(environment.DEV / scripts[arguments.command], rest)
-    return run_script(environment.DEV / "bench" / f"{arguments.name}.py", rest)
+    return run_script(environment.DEV / scripts[arguments.command], rest)
 
 
-def evaluation(rest: list[str]) -> tuple[Path, list[str]]:
-    """The script of ``eval [NAME]``, and what is left for it."""
-    folder = environment.DEV / "scenes"
-    if not rest or rest[0].startswith("-"):
-        return folder / "evaluate.py", rest
-    named = {path.stem.removeprefix("evaluate_"): path for path in sorted(folder.glob("evaluate_*.py"))}
-    if rest[0] not in named:
-        sys.exit(f"python dev eval: there is no evaluation '{rest[0]}'; choose one of: {', '.join(named)} (or none: the model)")
-    return named[rest[0]], rest[1:]
+def evaluations() -> list[str]:
+    """The techniques that ``dev/scenes`` measures on the embedded model."""
+    return sorted(path.stem.removeprefix("evaluate_") for path in (environment.DEV / "scenes").glob("evaluate_*.py"))
+
+
+def chosen_script(command: str, rest: list[str]) -> tuple[Path, list[str]]:
+    """The script of ``eval [NAME]`` or ``bench [NAME]``, and what is left for it."""
+    name, *others = rest or [""]
+    if command == "eval":
+        known, whole = evaluations(), "the model"
+        script = environment.DEV / "scenes" / ("evaluate" if name not in known else f"evaluate_{name}")
+    else:
+        known, whole = benchmarks(), "all of them, on one page"
+        script = environment.DEV / "bench" / ("page" if name not in known else name)
+    if name in known:
+        return script.with_suffix(".py"), others
+    if name and not name.startswith("-"):
+        sys.exit(f"python dev {command}: there is no '{name}'; choose one of: {', '.join(known)} (or none: {whole})")
+    return script.with_suffix(".py"), rest
 
 
 def run_outside(arguments: argparse.Namespace, rest: list[str], line: list[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..attention import host, tgate
-from ..attention.tgate import CacheDevice, CfgAfterGate, Mode, TGateSettings
+from ..attention.tgate import MAX_SHARE, CacheDevice, CfgAfterGate, Mode, TGateSettings
 from ._schema import advanced, node_schema
 
 
@@ -95,6 +95,18 @@ class TGateCache(io.ComfyNode):
                         tooltip="Where stored attention is kept. auto: on the GPU, or in system memory when little VRAM is free.",
                     )
                 ),
+                advanced(
+                    io.Float.Input(
+                        "positive_share",
+                        default=0.5,
+                        min=0.0,
+                        max=MAX_SHARE,
+                        step=0.05,
+                        optional=True,
+                        tooltip="What is reused where the negative prompt is dropped: 0.5 is the mean of both prompts' "
+                        "attention, as published; 1 the positive prompt's own; above 1 goes away from the negative prompt.",
+                    )
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with T-GATE. The incoming model is not changed.")],
         )
@@ -111,6 +123,7 @@ class TGateCache(io.ComfyNode):
         mode: str = Mode.FIXED.value,
         tolerance: float = 0.05,
         cache_device: str = CacheDevice.AUTO.value,
+        positive_share: float = 0.5,
     ) -> io.NodeOutput:
         settings = TGateSettings(
             gate_at=gate_at,
@@ -121,6 +134,7 @@ class TGateCache(io.ComfyNode):
             mode=Mode(mode),
             tolerance=tolerance,
             cache_device=CacheDevice(cache_device),
+            positive_share=positive_share,
         )
         if gate_at == 1:
             return io.NodeOutput(host.detach(model, tgate.KEY))

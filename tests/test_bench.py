@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from types import ModuleType
 
 import pytest
 import torch
-from bench import distill, excite, maps
+from bench import cache, distill, dit, excite, maps, overhead, page, pareto, scaling
 from bench.memory import AllocatedMemory, HeldTensors, bytes_of
 from bench.models import TINY
 from environment import DEV
@@ -36,7 +37,7 @@ def dev_commands() -> ModuleType:
 def test_every_file_of_the_folder_is_a_benchmark_or_known_to_be_shared():
     commands = dev_commands()
     found = set(commands.benchmarks())
-    assert {"distill", "excite", "maps", "tgate"} <= found
+    assert {*page.PARTS, "page"} == found
     assert all("def main(" in (DEV / "bench" / f"{name}.py").read_text(encoding="utf-8") for name in found)
     assert all((DEV / "bench" / f"{name}.py").is_file() for name in commands._SHARED_BY_BENCHMARKS)
 
@@ -144,3 +145,128 @@ def test_both_sides_of_the_distill_benchmark_do_the_same_work():
     for low, fast, others in zip(*(peaks[name].values() for name in (distill.LOW, distill.AGAIN, distill.THEIRS)), strict=True):
         assert 0 < low < fast < others
     assert "100 %" in distill.memory_table(peaks)
+
+
+# --- T-GATE beside others -------------------------------------------------------------------------------------------------
+
+
+def found_at(speed: float, psnr: float, name: str) -> pareto.Found:
+    return pareto.Found(pareto.Variant(pareto.T_GATE, name), [True], 1.0, psnr, 1.0, (speed, speed, speed))
+
+
+def test_the_front_is_what_no_other_beats():
+    points = [
+        found_at(1.0, 90, "a"),
+        found_at(1.5, 20, "b"),
+        found_at(1.4, 25, "c"),
+        found_at(1.4, 22, "d"),
+        found_at(1.3, 25, "e"),
+    ]
+    assert {name.removeprefix("T-GATE, ") for name in pareto.front(points)} == {"a", "b", "c"}
+
+
+def test_similarity_of_pictures():
+    from bench.similarity import peak_signal_to_noise, structural_similarity
+
+    picture = torch.rand(2, 176, 176, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(peak_signal_to_noise(picture, picture + 0.1), torch.tensor(20.0), atol=1e-3)
+    same, other = (structural_similarity(picture, each) for each in (picture, picture.roll(5, 1)))
+    assert torch.allclose(same, torch.ones(2)) and (other < 0.9).all()
+
+
+def test_pareto_on_the_embedded_model(tmp_path):
+    """Every kind of variant runs, and is faster in the sense that it computes less."""
+    chosen = [pareto.VARIANTS[0], *(next(one for one in pareto.VARIANTS[1:] if one.kind == kind) for kind in pareto.KINDS)]
+    found = pareto.measure_pictures(chosen, 2, steps=8, cfg=5.0)
+    assert [one.variant.kind for one in found] == [pareto.PLAIN, *pareto.KINDS]
+    assert found[0].ms_ssim == pytest.approx(1) and all(
+        one.psnr < 60 for one in found if one.variant.kind in ("T-GATE", "fewer steps")
+    )
+    pareto.plot(found, tmp_path / "front.svg")
+    assert (tmp_path / "front.svg").read_text(encoding="utf-8").count("<svg") == 1
+    written = pareto.report(found, 2, 1, steps=8, cfg=5.0)
+    assert all(f"| {one.variant.name} |" in written for one in found)
+
+
+# --- the others -------------------------------------------------------------------------------------------------------------
+
+
+def test_both_sides_of_the_dit_benchmark_do_the_same_work():
+    """Else it refuses to go on."""
+    pytest.importorskip("diffusers")
+    written = dit.report(dit.TINY, 64, 2, 1)
+    assert all(f"| {side} |" in written for side in (dit.OURS, dit.GATED, dit.THEIRS))
+
+
+def test_dit_sides_that_differ_are_not_compared(monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(dit, "GUIDED", 4)
+    with pytest.raises(SystemExit, match="cannot be compared"):
+        dit.runs(dit.TINY, 64, 2)
+
+
+def test_the_packs_own_time_is_a_part_of_the_run_and_nothing_without_it():
+    model = overhead.host_unet(TINY)
+    plain = overhead.per_step(lambda model: model, model, 3, repeats=1)
+    gated = overhead.per_step(overhead.variants()["T-GATE Cache, defaults"], model, 3, repeats=1)
+    assert plain == 0 and 0 < gated < 1000
+
+
+def test_what_t_gate_keeps_is_a_mean_for_every_token_and_layer():
+    """SD1.5 at 128 px: the tokens of each layer times its channels, in half precision."""
+    kept = cache.measure(cache.SHAPES["sd15"], 128, 5, sp_interval=1)
+    tokens_times_channels = 5 * (256 * 320 + 64 * 640 + 16 * 1280) + 4 * 1280
+    assert kept.peak == kept.after_gate == 2 * tokens_times_channels
+    with_intervals = cache.measure(cache.SHAPES["sd15"], 128, 10)
+    assert with_intervals.after_gate == kept.peak
+    assert with_intervals.peak == 2 * kept.peak  # self-attention of both prompts, until the gate stores
+    smaller = cache.measure(cache.SHAPES["sdxl"], 512, 5, smaller=2, sp_interval=1)
+    assert smaller == cache.measure(cache.SHAPES["sdxl"], 512, 5, sp_interval=1)
+
+
+def test_a_straight_line_is_told_from_a_curve():
+    assert scaling.line([1, 2, 4], [3, 5, 9]) == pytest.approx((1, 2, 0))
+    assert scaling.line([1, 2, 4, 8], [1, 4, 16, 64])[2] > 0.1
+
+
+def test_every_series_runs():
+    from scenes import evaluate
+
+    for title, points in scaling.series(evaluate.load()[0]):
+        amounts = [point.amount for point in points]
+        assert amounts == sorted(set(amounts)) and len(amounts) > 2, title
+        points[0].run()
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_part_of_the_page_is_replaced_and_the_others_stay():
+    once = page.with_part(page.with_part("", "excite", "first"), "tgate", "gate | 1.5 |")
+    again = page.with_part(once, "excite", "second")
+    assert page.part_of(again, "tgate") == "gate | 1.5 |" and page.part_of(again, "excite") == "second"
+    assert again.index("gate") < again.index("second") and "first" not in again
+    assert page.part_of(again, "maps") is None
+
+
+def test_commands_on_the_page_name_no_machine(tmp_path):
+    words = ["--plot", f"{tmp_path}/docs/benchmarks/pareto.svg", "--peer", "Other=/some/where", "--daam", "/x/bin/python"]
+    assert page.shown_command("pareto", words, tmp_path) == (
+        "python dev bench pareto --plot docs/benchmarks/pareto.svg --peer Other=PATH --daam PYTHON"
+    )
+
+
+FIGURES = re.compile(r"<!-- figures of (\w+) -->\n(.*?)<!-- end of figures -->", re.S)
+
+
+def test_figures_in_the_readme_are_those_of_the_page():
+    """Every number with decimals, and every percentage, between the README's marks is on the page, in the part that it names."""
+    readme = (DEV.parent / "README.md").read_text(encoding="utf-8")
+    shown = page.PAGE.read_text(encoding="utf-8")
+    spans = FIGURES.findall(readme)
+    assert {"pareto", "excite", "distill"} <= {name for name, _ in spans}
+    for name, text in spans:
+        measured = page.part_of(shown, name)
+        assert measured is not None, f"docs/benchmarks.md has no part {name}"
+        for number in re.findall(r"\d+\.\d+|\d+ %", text):
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", measured), f"{number} is not in the part {name}"

@@ -155,6 +155,9 @@ def test_plan_is_the_published_table(pack):
         (9, {"sp_interval": 4, "warm_up": 1}),
         (4, {"sp_interval": 5, "cfg_after_gate": "keep"}),
         (4, {"sp_interval": 2, "fi_interval": 2, "cfg_after_gate": "keep"}),
+        (4, {"sp_interval": 1, "positive_share": 1.0}),
+        (5, {"sp_interval": 2, "positive_share": 2.0}),
+        (4, {"sp_interval": 1, "positive_share": 0.0}),
     ],
 )
 def test_equals_the_plain_reference(tgate, gate, settings):
@@ -165,6 +168,7 @@ def test_equals_the_plain_reference(tgate, gate, settings):
         fi=settings.get("fi_interval", 1),
         warm_up=settings.get("warm_up", 2),
         drop=settings.get("cfg_after_gate") != "keep",
+        share=settings.get("positive_share", 0.5),
     )
     expected = sample(reference.apply(model))
     result = sample(tgate(model, gate_at=gate / 10, **settings))
@@ -292,6 +296,8 @@ def test_auto_waits_until_attention_settles(pack, monkeypatch, changes, gate):
         ({"fi_interval": 0}, "fi_interval is 0"),
         ({"warm_up": -1}, "warm_up is -1"),
         ({"mode": "auto", "tolerance": 0.0}, "tolerance is 0"),
+        ({"positive_share": -0.1}, "positive_share is -0.1"),
+        ({"positive_share": 3.5}, "positive_share is 3.5"),
     ],
 )
 def test_bad_values_are_named_with_what_to_do(tgate, settings, message):

@@ -124,8 +124,8 @@ def test_the_cache_is_freed(gated, pack, monkeypatch):
     seen: list[weakref.ref] = []
     original = tgate.AttentionCache.store_mean
 
-    def watch(self, site, prompts, output):
-        original(self, site, prompts, output)
+    def watch(self, site, shares, output):
+        original(self, site, shares, output)
         seen.extend(weakref.ref(tensor) for tensor in self.means.values())
 
     monkeypatch.setattr(tgate.AttentionCache, "store_mean", watch)

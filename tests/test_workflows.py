@@ -259,7 +259,8 @@ T_GATE = workflow_files.FOLDER / "T-GATE - same picture, faster.json"
 def test_the_t_gate_workflow_shows_the_nodes_defaults(object_info: dict[str, Any]) -> None:
     """When the defaults move, the template moves with them."""
     node = next(node for node in load(T_GATE)["nodes"] if node["type"] == "TGateCache")
-    spec = object_info["TGateCache"]["input"]["required"]
+    inputs = object_info["TGateCache"]["input"]
+    spec = {**inputs["required"], **inputs["optional"]}
     assert node["widgets_values"] == [options[0]["default"] for kind, *options in spec.values() if kind in WIDGET_TYPES]
 
 

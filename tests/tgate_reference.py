@@ -20,6 +20,7 @@ class Reference:
     fi: int = 1
     warm_up: int = 2
     drop: bool = True
+    share: float = 0.5  # of the positive prompt in that
     mean: bool = True  # one positive and one negative prompt: their mean is what the gate stores
 
     stored: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
@@ -60,7 +61,8 @@ class Reference:
         if reuse and (place, uuid) in self.stored:
             gated = step >= self.gate and (kind == "cross" or (place, uuid, "refreshed") not in self.stored)
             if gated and self.mean and self.drop and len(self.kinds) == 2:
-                return sum(self.stored[place, one] for one in self.kinds) / 2
+                shares = {one: 1 - self.share if kind else self.share for one, kind in self.kinds.items()}
+                return sum(self.stored[place, one] * share for one, share in shares.items())
             return self.stored[place, uuid]
         self.stored[place, uuid] = out.clone()
         if step >= self.gate:

@@ -120,12 +120,14 @@ class Ran:
         return statistics.median(self.stamps[i + 1] - self.stamps[i] for i in steps) if steps else None
 
     def figures(self, case: Case) -> dict[str, float | None]:
+        guided, refined = (self.step_seconds(case.steps_of(True, refined=refined)) for refined in (False, True))
         return {
             "whole run": self.stamps[-1] - self.stamps[0],
-            "guided step": self.step_seconds(case.steps_of(True)),
-            f"guided step, refined {case.refinements} times": self.step_seconds(case.steps_of(True, refined=True)),
+            "guided step": guided,
+            f"guided step, refined {case.refinements} times": refined,
+            "what each refinement adds": None if guided is None or refined is None else (refined - guided) / case.refinements,
             "step that is not guided": self.step_seconds(case.steps_of(False)),
-            "gradient pass (a refinement)": statistics.median(self.passes.seconds),
+            "gradient pass": statistics.median(self.passes.seconds),
         }
 
 

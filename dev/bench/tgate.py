@@ -1,6 +1,6 @@
-"""T-GATE: speed against plain sampling, and what it costs the picture.
+"""T-GATE: speed against plain sampling, and when its automatic gate opens.
 
-    python dev bench tgate [--parts speed quality auto] [--shape sd15|sdxl] [--repeats N] [--out FILE] [--peer NAME=PATH]
+    python dev bench tgate [--parts speed auto] [--shape sd15|sdxl] [--repeats N] [--out FILE] [--peer NAME=PATH]
 
 Speed is measured on an SD1.5- or SDXL-shaped U-Net of real size (random weights) and on the embedded model; the picture on
 the embedded model, with the detector of ``python dev eval``. ``--peer`` adds another node pack's T-GATE node to the table.
@@ -25,26 +25,9 @@ from scenes import evaluate
 
 from bench.measure import machine, memory_name, multiply_accumulates, publish, ratios, table, take_turns
 from bench.models import SHAPES, Target, add_dtype_argument, add_shape_arguments, host_unet, precision_of, sampler, tiny
+from bench.similarity import peak_signal_to_noise
 
-PUBLISHED = "drop (keep negative, as published)"
 STEPS = 25
-
-# What the defaults are chosen from: name -> inputs of TGateCache.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "v1 (sp_interval 1)": {"sp_interval": 1},
-    "sp_interval 2": {"sp_interval": 2},
-    "sp_interval 3": {"sp_interval": 3},
-    "gate_at 0.2": {"gate_at": 0.2},
-    "gate_at 0.3": {"gate_at": 0.3},
-    "gate_at 0.5": {"gate_at": 0.5},
-    "gate_at 0.6": {"gate_at": 0.6},
-    "gate_at 0.8": {"gate_at": 0.8},
-    "fi_interval 2": {"fi_interval": 2},
-    "cfg kept": {"cfg_after_gate": "keep"},
-    "as published": {"cfg_after_gate": PUBLISHED},
-    "fewer steps (18 of 25), no T-GATE": {"steps": 18},
-}
 
 
 def tgate(model: Any, **settings: Any) -> Any:
@@ -146,46 +129,7 @@ def _peer_node(node: Any) -> Callable[[Any], Any] | None:
     return apply
 
 
-# --- the picture ----------------------------------------------------------------------------------------------------
-
-
-def peak_signal_to_noise(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """PSNR in dB of each picture of a batch, values in 0..1."""
-    return -10 * (a - b).square().flatten(1).mean(1).clamp(min=1e-10).log10()
-
-
-def quality_part(args: argparse.Namespace) -> str:
-    model, clip, vae = evaluate.load()
-    prompts = evaluate.prompts(args.prompts)
-    sampling = {"cfg": args.cfg, "seed": 0, "batch": 16}
-    plain = evaluate.generate(model, clip, vae, prompts, steps=STEPS, **sampling)
-    plain_macs = model_macs(model, {"steps": STEPS})
-    right = [all(f.right for f in picture) for picture in evaluate.score(plain, prompts)]
-    rows = [("plain", _share(right), "", "", "1.000")]
-    for name, settings in SETTINGS.items():
-        steps = settings.get("steps", STEPS)
-        patched = model if "steps" in settings else tgate(model, **settings)
-        pictures = evaluate.generate(patched, clip, vae, prompts, steps=steps, **sampling)
-        now_right = [all(f.right for f in picture) for picture in evaluate.score(pictures, prompts)]
-        same = sum(a == b for a, b in zip(right, now_right, strict=True)) / len(right)
-        psnr = peak_signal_to_noise(pictures, plain).median()
-        bound = plain_macs / model_macs(model, settings)
-        rows.append((name, _share(now_right), f"{same:.3f}", f"{psnr:.1f}", f"{bound:.3f}"))
-        print(*rows[-1], sep="  ", flush=True)
-    header = ("setting", "both objects right (95 % interval)", "same verdict as plain", "median PSNR to plain, dB", "MAC bound")
-    title = f"### The picture: embedded model, {args.prompts} prompts of two objects, {STEPS} steps, cfg {args.cfg:g}"
-    return f"{title}\n\n{table(header, rows)}"
-
-
-def _share(hits: list[bool]) -> str:
-    share = evaluate.share(hits)
-    return f"{share['share']:.3f} ({share['low']:.3f} to {share['high']:.3f})"
-
-
-def model_macs(model: Any, settings: dict[str, Any]) -> float:
-    """Multiply-accumulates of one picture; settings that name ``steps`` are plain sampling."""
-    patched = model if "steps" in settings else tgate(model, **settings)
-    return multiply_accumulates(sampler(patched, settings.get("steps", STEPS), torch.zeros(1, 3, 32, 32), 96))
+# --- auto mode -----------------------------------------------------------------------------------------------------------
 
 
 def auto_part(args: argparse.Namespace) -> str:
@@ -208,7 +152,7 @@ def auto_part(args: argparse.Namespace) -> str:
     return f"### Auto mode: embedded model, {args.prompts} prompts\n\n{table(header, rows)}"
 
 
-PARTS = {"speed": speed_part, "quality": quality_part, "auto": auto_part}
+PARTS = {"speed": speed_part, "auto": auto_part}
 
 
 def fill_in(args: argparse.Namespace) -> None:

@@ -1,0 +1,92 @@
+"""What T-GATE keeps in memory, at real width, in half precision.
+
+    python dev bench cache [--steps N] [--out FILE]
+
+Run on networks of SD1.5's and SDXL's layout, a tenth as wide and on a picture of a quarter of the usual side: what is kept has as
+many numbers for a token as the network has channels, and as many tokens as the picture has pixels (or a fixed part of them), so
+the real figure is 160 times as much.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from host_inprocess import load_pack, start_host
+
+from bench.measure import publish, table
+from bench.models import SHAPES, Shape, host_unet, sampler, tiny
+from bench.tgate import tgate
+
+SIZES = {"sd15": 512, "sdxl": 1024}
+SMALLER = 4
+HALF = 2  # bytes of a number
+SETTINGS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "v1 (sp_interval 1)": {"sp_interval": 1},
+    "cfg kept": {"cfg_after_gate": "keep"},
+    "fi_interval 2": {"fi_interval": 2},
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes at real width in half precision, for one picture."""
+
+    peak: float
+    after_gate: float
+
+
+def measure(shape: Shape, size: int, steps: int, smaller: int = 1, **settings: Any) -> Kept:
+    """Of a picture of ``size`` pixels, seen on one that is so many times smaller."""
+    load_pack()
+    from fovea_attention.attention.tgate import TGateRun
+
+    narrow, side = tiny(shape), size // 8 // smaller
+    run = sampler(tgate(host_unet(narrow), **settings), steps, torch.zeros(1, 4, side, side), narrow.context, narrow.pooled)
+    found: list[Kept] = []
+    release = TGateRun.release
+    factor = shape.channels / narrow.channels * HALF / 4 * smaller**2
+
+    def note_and_release(state: TGateRun) -> None:
+        found.append(Kept(state.cache_peak_bytes * factor, state.cache.bytes * factor))
+        release(state)
+
+    with mock.patch.object(TGateRun, "release", note_and_release):
+        run()
+    return found[0]
+
+
+def report(steps: int) -> str:
+    parts = []
+    for name, size in SIZES.items():
+        rows = []
+        for setting, inputs in SETTINGS.items():
+            kept = measure(SHAPES[name], size, steps, SMALLER, **inputs)
+            rows.append((setting, f"{kept.peak / 2**20:.1f}", f"{kept.after_gate / 2**20:.1f}"))
+        header = ("T-GATE Cache", "at most, MiB", "after the gate, MiB")
+        parts.append(f"### {SHAPES[name].layout}, {size} px, one picture, half precision\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python dev bench cache", description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--out", type=Path, help="write the report here as well")
+    args = parser.parse_args(argv)
+    start_host()
+    import comfy.utils
+
+    comfy.utils.set_progress_bar_enabled(False)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    publish(f"## What T-GATE keeps in memory\n\n{report(args.steps)}", args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""DiT: time beside diffusers' DiTTransformer2DModel with the same weights.
+
+    python dev bench dit [--size PX] [--steps N] [--pairs N] [--threads N] [--tiny] [--out FILE]
+
+A network in DiT-XL/2's shape with random weights is written in diffusers' layout and loaded by our node. Both sides sample with
+classifier-free guidance of the first three channels, the same noise and labels, down the same sigmas with Euler's steps (DDIM).
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from host_inprocess import load_pack, pack_nodes, start_host
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bench.measure import machine, publish, ratios, table, take_turns
+from bench.models import Target, random_tensor
+
+CFG, GUIDED, NULL_CLASS, LABEL = 4.0, 3, 1000, 207
+OURS, GATED, THEIRS = "ours", "ours, T-GATE Cache", "diffusers"
+SAME = 1e-4
+XL = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28}
+TINY = {"num_attention_heads": 2, "attention_head_dim": 64, "num_layers": 3}
+
+
+def diffusers_network(layout: dict[str, int], size: int) -> Any:
+    """With random weights, and one embedder for all blocks, as in every converted checkpoint."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer: Any = DiTTransformer2DModel
+    network = transformer(**layout, out_channels=8, sample_size=size // 8, num_embeds_ada_norm=1000).eval()
+    first = network.transformer_blocks[0].norm1.emb
+    for block in network.transformer_blocks:
+        block.norm1.emb = first
+    for name, parameter in network.named_parameters():
+        if name.startswith("proj_out"):  # made as zeros
+            parameter.data.normal_(0, 0.02)
+    return network.requires_grad_(False)
+
+
+def loaded(network: Any) -> Any:
+    """The same weights through Load DiT, as from a file."""
+    load_pack()
+    from fovea_attention.attention.dit_host import load_dit
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder, "dit.safetensors"))
+        save_file({name: tensor.clone() for name, tensor in network.state_dict().items()}, path)
+        return load_dit(path)
+
+
+def their_run(network: Any, sigmas: Tensor, timesteps: Tensor, noise: Tensor) -> Callable[[], Tensor]:
+    """Euler's steps on x = clean + sigma * noise, the network asked for the positive and the null class together."""
+    labels = torch.tensor([LABEL, NULL_CLASS])
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        x = noise * sigmas[0]
+        for sigma, following, time in zip(sigmas, sigmas[1:], timesteps, strict=False):
+            scaled = (x / (sigma**2 + 1) ** 0.5).expand(2, -1, -1, -1)
+            found = network(scaled, timestep=time.expand(2), class_labels=labels).sample[:, : x.shape[1]]
+            positive, null = found.split(1)
+            epsilon = torch.cat([(null + CFG * (positive - null))[:, :GUIDED], positive[:, GUIDED:]], dim=1)
+            x = x + (following - sigma) * epsilon
+        return x
+
+    return run
+
+
+def our_run(model: Any, sigmas: Tensor, noise: Tensor) -> Callable[[], Tensor]:
+    """What SamplerCustomAdvanced does."""
+    import comfy.samplers
+
+    positive, null = pack_nodes()["DiTClassLabel"].execute(label="", labels=str(LABEL)).args
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, null)
+    guider.set_cfg(CFG)
+    euler = comfy.samplers.sampler_object("euler")
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            found = guider.sample(noise, torch.zeros_like(noise), euler, sigmas, disable_pbar=True, seed=0)
+            return model.model.process_latent_in(found)
+
+    return run
+
+
+def runs(layout: dict[str, int], size: int, steps: int) -> dict[str, Callable[[], Tensor]]:
+    """The sides, after their latents have been compared."""
+    network = diffusers_network(layout, size)
+    model = loaded(network)
+    known = model.get_model_object("model_sampling").sigmas.cpu()
+    timesteps = torch.linspace(len(known) - 1, 0, steps + 1).round().long()[:-1]
+    sigmas = torch.cat([known[timesteps], known.new_zeros(1)])
+    noise = random_tensor(0, 1, 4, size // 8, size // 8)
+    gated = pack_nodes()["TGateCache"].execute(model)[0]
+    found = {
+        OURS: our_run(model, sigmas, noise),
+        GATED: our_run(gated, sigmas, noise),
+        THEIRS: their_run(network, sigmas, timesteps, noise),
+    }
+    ours, theirs = found[OURS](), found[THEIRS]()
+    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not difference <= SAME:
+        raise SystemExit(f"The two sides end {difference:.1e} apart, so their times cannot be compared.")
+    return found
+
+
+def report(layout: dict[str, int], size: int, steps: int, pairs: int) -> str:
+    timings = take_turns(runs(layout, size, steps), pairs)
+    rows = [
+        (name, f"{timing.median / steps:.2f}", "{:.2f} ({:.2f} to {:.2f})".format(*ratios(timings[THEIRS], timing)))
+        for name, timing in timings.items()
+    ]
+    shape = f"{layout['num_layers']} blocks of {layout['num_attention_heads'] * layout['attention_head_dim']} channels"
+    header = ("side", "seconds a step (median)", "times as fast as diffusers (lowest to highest)")
+    settings = f"{shape}, {size} px, {steps} steps, cfg {CFG:g} on {GUIDED} channels; {pairs} pairs in turns."
+    return f"{settings}\n\n{table(header, rows)}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python dev bench dit", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=256, help="pixels of the side")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=5, help="counted turns of all sides")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--tiny", action="store_true", help="a tiny network, to try the benchmark itself")
+    parser.add_argument("--out", type=Path, help="write the report here as well")
+    args = parser.parse_args(argv)
+    start_host()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    text = report(TINY if args.tiny else XL, args.size, args.steps, args.pairs)
+    publish(f"## DiT\n\nMeasured on: {machine(Target.here())}.\n\n{text}", args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What the pack's own Python costs in a step, and whether that grows.
+
+    python dev bench overhead [--steps N ...] [--threads N] [--out FILE]
+
+With attention taken away nothing but overhead would be left. So the network has SD1.5's layout, all its blocks and layers, but
+few channels and a latent of 8 x 8, and a profiler adds up the time spent in the pack's own lines (not in torch or the host that
+they call). That is compared with one step of the same layout at its real width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import os
+import pstats
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from host_inprocess import ROOT, pack_nodes, start_host
+
+from bench.measure import machine, publish, table
+from bench.models import CPU, SD15, TINY, Target, host_unet, sampler
+
+REAL_SIZE = 512
+SMALL = (1, 4, 8, 8)
+OWN = tuple(f"{ROOT / folder}{os.sep}" for folder in ("attention", "nodes"))
+
+
+def variants() -> dict[str, Callable[[Any], Any]]:
+    nodes = pack_nodes()
+    return {
+        "T-GATE Cache, defaults": lambda model: nodes["TGateCache"].execute(model)[0],
+        "T-GATE Cache, auto": lambda model: nodes["TGateCache"].execute(model, mode="auto")[0],
+        "Capture Attention Maps": lambda model: nodes["AttnMapCapture"].execute(model)[0],
+        "both": lambda model: nodes["AttnMapCapture"].execute(nodes["TGateCache"].execute(model)[0])[0],
+    }
+
+
+def own_seconds(run: Callable[[], object]) -> float:
+    """Of one run, in the pack's own lines. (The profiler makes them slower, so this is no less than the truth.)"""
+    profile = cProfile.Profile()
+    profile.enable()
+    run()
+    profile.disable()
+    stats: Any = pstats.Stats(profile)
+    return float(sum(line[2] for (file, _, _), line in stats.stats.items() if file.startswith(OWN)))
+
+
+def per_step(apply: Callable[[Any], Any], model: Any, steps: int, repeats: int = 3) -> float:
+    """Milliseconds of the pack's own lines in a step, the median of some runs."""
+    run = sampler(apply(model), steps, torch.zeros(SMALL), TINY.context)
+    run()
+    return 1000 * statistics.median(own_seconds(run) / steps for _ in range(repeats))
+
+
+def step_seconds() -> float:
+    """One step of the real network with guidance, the faster of two."""
+    run = sampler(host_unet(SD15), 1, torch.zeros(1, 4, REAL_SIZE // 8, REAL_SIZE // 8), SD15.context)
+    run()
+    found = []
+    for _ in range(2):
+        began = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def report(steps: list[int], step: float) -> str:
+    model = host_unet(TINY, CPU)
+    rows = []
+    for name, apply in variants().items():
+        found = [per_step(apply, model, count) for count in steps]
+        rows.append((name, *(f"{milliseconds:.2f}" for milliseconds in found), f"{100 * max(found) / 1000 / step:.3f} %"))
+    header = ("node", *(f"ms a step, {count} steps" for count in steps), "of a real step")
+    return f"A step of the real network, {REAL_SIZE} px with guidance, takes {step:.2f} s here.\n\n{table(header, rows)}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python dev bench overhead", description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 25, 100], help="lengths of the runs")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--out", type=Path, help="write the report here as well")
+    args = parser.parse_args(argv)
+    start_host()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    text = report(args.steps, step_seconds())
+    publish(f"## The pack's own overhead\n\nMeasured on: {machine(Target.here())}.\n\n{text}", args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""All benchmarks in one go, on one page: docs/benchmarks.md.
+
+    python dev bench [--only NAME ...] [--threads N] [--tiny] [--peer NAME=PATH] [--daam PYTHON] [--page FILE]
+
+Each benchmark runs in a process of its own, one after the other, and its part of the page is replaced as soon as it is done: a
+page that was interrupted keeps what it had. Figures are ratios of variants that took turns in one process; seconds are shown to
+judge them by, and hold for this machine alone. Leave the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+DEV = Path(__file__).resolve().parent.parent
+PAGE = DEV.parent / "docs" / "benchmarks.md"
+INTRODUCTION = """# Benchmarks
+
+Made by `python dev bench`. Variants take turns in one process, after a round that does not count; what is compared is ratios, as
+medians with the lowest and the highest. Below every title is the command that repeats it alone.
+"""
+# In the page's order; {plots} is the page's own folder of pictures.
+PARTS: dict[str, Sequence[str]] = {
+    "tgate": ("--parts", "speed"),
+    "pareto": ("--plot", "{plots}/pareto.svg"),
+    "cache": (),
+    "excite": ("--size", "256", "--steps", "10"),
+    "distill": ("--size", "256"),
+    "maps": (),
+    "dit": (),
+    "overhead": (),
+    "scaling": (),
+}
+TINY = {
+    "tgate": ("--tiny",), "pareto": ("--prompts", "2", "--repeats", "1", "--only", "fewer steps"), "excite": ("--tiny",),
+    "distill": ("--tiny",), "maps": ("--tiny",), "dit": ("--tiny", "--pairs", "1"),
+}  # fmt: skip
+WITHOUT_THREADS = ("tgate",)
+
+
+def part_of(page: str, name: str) -> str | None:
+    """What a page has between the marks of a part."""
+    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end of {name} -->", page, re.S)
+    return found[1] if found else None
+
+
+def with_part(page: str, name: str, text: str) -> str:
+    """The page with a new text for a part; parts keep the order of ``PARTS``."""
+    parts = {each: part_of(page, each) for each in PARTS} | {name: text}
+    shown = [f"<!-- {each} -->\n{kept}\n<!-- end of {each} -->\n" for each, kept in parts.items() if kept is not None]
+    return "\n".join([INTRODUCTION, *shown])
+
+
+def arguments_of(name: str, args: argparse.Namespace, plots: Path) -> list[str]:
+    found = list(TINY.get(name, ())) if args.tiny else [each.format(plots=plots) for each in PARTS[name]]
+    if args.threads and name not in WITHOUT_THREADS:
+        found += ["--threads", str(args.threads)]
+    if name == "tgate":
+        found += [item for peer in args.peer for item in ("--peer", peer)]
+    if name == "maps" and args.daam:
+        found += ["--daam", str(args.daam), "--size", "512", "--steps", "3"]
+    return found
+
+
+def shown_command(name: str, arguments: Sequence[str], root: Path) -> str:
+    """The command as a reader would type it: relative paths, and no other machine's."""
+    words = [re.sub(r"^([^=]+)=.*", r"\1=PATH", word) if "=" in word else word.replace(f"{root}/", "") for word in arguments]
+    if "--daam" in words:
+        words[words.index("--daam") + 1] = "PYTHON"
+    return " ".join(["python dev bench", name, *(f'"{word}"' if " " in word else word for word in words)])
+
+
+def run_part(name: str, args: argparse.Namespace) -> None:
+    """Run one benchmark and put its report on the page."""
+    page: Path = args.page.resolve()
+    arguments = arguments_of(name, args, page.parent / page.stem)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "report.md")
+        command = [sys.executable, str(DEV), "bench", name, *arguments, "--out", str(out)]
+        print(f"\n=== {shown_command(name, arguments, page.parent.parent)}", flush=True)
+        subprocess.run(command, check=True, env={**os.environ, "FOVEA_INSIDE": "1"})
+        title, _, rest = out.read_text(encoding="utf-8").strip().partition("\n")
+    made = f"`{shown_command(name, arguments, page.parent.parent)}`, {datetime.date.today():%Y-%m-%d}"
+    text = f"{title}\n\n{made}\n\n{rest.strip()}"
+    plot = page.parent / page.stem / f"{name}.svg"
+    if any(str(plot) in each for each in arguments):
+        text += f"\n\n![{title.removeprefix('## ')}]({page.stem}/{name}.svg)"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    before = page.read_text(encoding="utf-8") if page.is_file() else ""
+    page.write_text(with_part(before, name, text), encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python dev bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), help="these parts; the page keeps its others")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--tiny", action="store_true", help="tiny networks, to try the page itself")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="measure another node pack's T-GATE too")
+    parser.add_argument("--daam", type=Path, metavar="PYTHON", help="measure daam with this Python")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    args = parser.parse_args(argv)
+    for name in args.only or PARTS:
+        run_part(name, args)
+    print(f"\nThe page: {args.page}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""T-GATE beside what else makes sampling faster: how near each stays to the plain picture, and how much time it saves.
+
+    python dev bench pareto [--prompts N] [--repeats N] [--cfg X] [--steps N] [--only KIND ...] [--plot FILE] [--out FILE]
+
+On the embedded model: T-GATE's settings, the host's EasyCache and LazyCache, and simply fewer steps. Agreement with the plain
+picture is that of the detector's verdict (both objects right), PSNR, and MS-SSIM (Wang et al., 2003), all of the same prompts
+and noise. Time is that of sampling alone, all variants taking turns in one process. A variant is on the front where no other
+is both faster and nearer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from host_inprocess import host_node, pack_nodes, start_host
+from scenes import evaluate
+
+from bench.measure import machine, publish, ratios, table, take_turns
+from bench.models import Target
+from bench.similarity import peak_signal_to_noise, structural_similarity
+
+PLAIN, T_GATE, EASY, LAZY, FEWER = "plain", "T-GATE", "EasyCache", "LazyCache", "fewer steps"
+PUBLISHED = "drop (keep negative, as published)"
+TIMED_PICTURES = 4  # a batch
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to sample: its kind, its settings as they are shown, what it does to a MODEL, and its share of the steps."""
+
+    kind: str
+    settings: str
+    apply: Callable[[Any], Any] = lambda model: model
+    steps: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, {self.settings}" if self.settings else self.kind
+
+
+def t_gate(settings: str, **inputs: Any) -> Variant:
+    return Variant(T_GATE, settings, lambda model: pack_nodes()["TGateCache"].execute(model, **inputs)[0])
+
+
+def cached(kind: str, threshold: float) -> Variant:
+    """One of the host's caches, used where its own defaults use it."""
+
+    def apply(model: Any) -> Any:
+        settings = {"reuse_threshold": threshold, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
+        return host_node(f"{kind}Node", "comfy_extras.nodes_easycache")(model=model, **settings)[0]
+
+    return Variant(kind, f"threshold {threshold:g}", apply)
+
+
+VARIANTS = [
+    Variant(PLAIN, ""),
+    t_gate("defaults (0.4)"),
+    *(t_gate(f"gate_at {gate:g}", gate_at=gate) for gate in (0.3, 0.5, 0.6, 0.8)),
+    *(t_gate(f"v1, gate_at {gate:g}", gate_at=gate, sp_interval=1) for gate in (0.4, 0.6)),
+    *(t_gate(f"positive_share {share:g}", positive_share=share) for share in (1, 2)),
+    *(t_gate(f"gate_at 0.6, positive_share {share:g}", gate_at=0.6, positive_share=share) for share in (1, 2)),
+    t_gate("fi_interval 2", fi_interval=2),
+    t_gate("cfg kept", cfg_after_gate="keep"),
+    t_gate("as published", cfg_after_gate=PUBLISHED),
+    t_gate("auto, tolerance 0.1", mode="auto", tolerance=0.1),
+    *(cached(kind, threshold) for kind in (EASY, LAZY) for threshold in (0.05, 0.1, 0.2, 0.4)),
+    *(Variant(FEWER, f"{share:.0%}", steps=share) for share in (0.88, 0.8, 0.72, 0.64, 0.52)),
+]
+KINDS = (T_GATE, EASY, LAZY, FEWER)
+
+
+@dataclass
+class Found:
+    """What a variant's pictures are beside the plain ones, and its times beside plain sampling's."""
+
+    variant: Variant
+    right: list[bool]
+    same: float
+    psnr: float
+    ms_ssim: float
+    speed: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+
+def measure_pictures(variants: Sequence[Variant], count: int, **sampling: Any) -> list[Found]:
+    model, clip, vae = evaluate.load()
+    prompts = evaluate.prompts(count)
+    steps = sampling.pop("steps")
+    found: list[Found] = []
+    plain, verdicts = torch.empty(0), [False]
+    for variant in variants:
+        some = {**sampling, "steps": round(variant.steps * steps)}
+        pictures = evaluate.generate(variant.apply(model), clip, vae, prompts, **some)
+        right = [all(finding.right for finding in picture) for picture in evaluate.score(pictures, prompts)]
+        if variant.kind == PLAIN:
+            plain, verdicts = pictures, right
+        same = sum(a == b for a, b in zip(right, verdicts, strict=True)) / count
+        psnr, similar = peak_signal_to_noise(pictures, plain), structural_similarity(pictures, plain)
+        found.append(Found(variant, right, same, float(psnr.median()), float(similar.median())))
+        print(f"  {variant.name}: {found[-1].psnr:.1f} dB, MS-SSIM {found[-1].ms_ssim:.3f}", flush=True)
+    return found
+
+
+def measure_time(found: Sequence[Found], repeats: int, *, steps: int, cfg: float) -> None:
+    """Fill in the speeds."""
+    model, clip, _ = evaluate.load()
+    prompts = evaluate.prompts(TIMED_PICTURES)
+    latent = host_node("EmptyLatentImage")(width=evaluate.SIDE, height=evaluate.SIDE, batch_size=TIMED_PICTURES)[0]
+    conds = {"positive": evaluate.encode(clip, [prompt.text for prompt in prompts]), "negative": evaluate.encode(clip, [""])}
+
+    def sampling(variant: Variant) -> Callable[[], object]:
+        patched = variant.apply(model)
+        settings = {"seed": 0, "steps": round(variant.steps * steps), "cfg": cfg, "sampler_name": "euler", "scheduler": "normal"}
+
+        @torch.inference_mode()
+        def run() -> object:
+            return host_node("KSampler")(model=patched, **conds, latent_image=latent, denoise=1.0, **settings)
+
+        return run
+
+    timings = take_turns({one.variant.name: sampling(one.variant) for one in found}, repeats)
+    for one in found:
+        one.speed = ratios(timings[PLAIN], timings[one.variant.name])
+
+
+def front(found: Sequence[Found]) -> set[str]:
+    """Names of those that no other beats in both speed and nearness."""
+
+    def beaten(one: Found) -> bool:
+        return any(
+            other.speed[0] >= one.speed[0] and other.psnr >= one.psnr and (other.speed[0], other.psnr) != (one.speed[0], one.psnr)
+            for other in found
+        )
+
+    return {one.variant.name for one in found if not beaten(one)}
+
+
+def report(found: Sequence[Found], prompts: int, repeats: int, *, steps: int, cfg: float) -> str:
+    best = front(found)
+    rows = []
+    for one in found:
+        shares = evaluate.share(one.right)
+        rows.append((
+            one.variant.name, "{:.2f} ({:.2f} to {:.2f})".format(*one.speed),
+            "" if one.variant.kind == PLAIN else f"{one.psnr:.1f}", f"{one.ms_ssim:.3f}", f"{one.same:.3f}",
+            f"{shares['share']:.3f} ({shares['low']:.3f} to {shares['high']:.3f})", "yes" if one.variant.name in best else "",
+        ))  # fmt: skip
+    header = ("variant", f"times as fast (median of {repeats})", "PSNR to plain, dB", "MS-SSIM to plain", "same verdict",
+              "both objects right (95 % interval)", "on the front")  # fmt: skip
+    settings = (
+        f"{prompts} prompts of two objects, {steps} steps, cfg {cfg:g}, medians over pictures; times of a batch of "
+        f"{TIMED_PICTURES}, in turns."
+    )
+    return f"{settings}\n\n{table(header, rows)}"
+
+
+def plot(found: Sequence[Found], path: Path) -> None:
+    """Nearness against speed, a colour for each kind."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for kind, mark in zip(KINDS, "osDx", strict=True):
+        own = sorted((one for one in found if one.variant.kind == kind), key=lambda one: one.speed[0])
+        axes.scatter([one.speed[0] for one in own], [one.psnr for one in own], marker=mark, label=kind)
+        for one in own:
+            axes.annotate(one.variant.settings, (one.speed[0], one.psnr), fontsize=6, xytext=(4, 3), textcoords="offset points")
+    axes.set(xlabel="times as fast as plain sampling", ylabel="median PSNR to the plain picture, dB")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python dev bench pareto", description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5, help="counted turns of all variants")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--cfg", type=float, default=5.0)
+    parser.add_argument("--only", nargs="+", choices=KINDS, help="these kinds, beside the plain run")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--plot", type=Path, help="draw nearness against speed here (.png or .svg)")
+    parser.add_argument("--out", type=Path, help="write the report here as well")
+    args = parser.parse_args(argv)
+    start_host()
+    import comfy.utils
+
+    comfy.utils.set_progress_bar_enabled(False)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    variants = [variant for variant in VARIANTS if variant.kind in (PLAIN, *(args.only or KINDS))]
+    sampling = {"steps": args.steps, "cfg": args.cfg}
+    found = measure_pictures(variants, args.prompts, **sampling)
+    measure_time(found, args.repeats, **sampling)
+    if args.plot:
+        plot(found, args.plot)
+    text = report(found, args.prompts, args.repeats, **sampling)
+    publish(f"## T-GATE and what else makes sampling faster\n\nMeasured on: {machine(Target.here())}.\n\n{text}", args.out)
+
+
+if __name__ == "__main__":
+    main()
