@@ -318,11 +318,11 @@ class _Run:
 
     def _objectives(self, sigma: float, level: Tensor) -> list[DistillObjective]:
         """For each window; all share the references' features."""
-        features = self.references.features(sigma)
+        features, content = self.references.features(sigma), self._content_at(sigma)
         return [
             DistillObjective(
                 features,
-                self._content_queries(place, sigma, level),
+                None if content is None else self._content_queries(place, content, level),
                 self.settings.content_weight,
                 self.settings.attn_scale,
                 self.job.regions[place] if self.job.regions else None,
@@ -358,18 +358,22 @@ class _Run:
     def _keeps_content(self) -> bool:
         return self.content is not None and self.settings.content_weight != 0
 
-    def _content_queries(self, place: int, sigma: float, level: Tensor) -> dict[CallKey, Tensor] | None:
-        """The content's queries in every call of a window, computed in the same batches and by the same kernels as the latent's.
-
-        Where the latent is the content, as at the start of 'optimise', any difference would be noise that Adam enlarges.
-        """
+    def _content_at(self, sigma: float) -> Tensor | None:
+        """The content as the model is to see it, (batch, channels, ...); None where nothing of it is kept."""
         if self.content is None or not self._keeps_content:
             return None
         if self.settings.method is Method.GUIDED:
             x = torch.cat(noised_alike(self.base_model, self.content.split(1), sigma, Purpose.CONTENT))
         else:
             x = self.content / self._scale(sigma)
-        x = self.windows[place].of(x.expand(self.batch, *x.shape[1:]))
+        return x.expand(self.batch, *x.shape[1:])
+
+    def _content_queries(self, place: int, content: Tensor, level: Tensor) -> dict[CallKey, Tensor]:
+        """The content's queries in every call of a window, computed in the same batches and by the same kernels as the latent's.
+
+        Where the latent is the content, as at the start of 'optimise', any difference would be noise that Adam enlarges.
+        """
+        x = self.windows[place].of(content)
         found: dict[CallKey, list[Tensor]] = {}
         with host.differentiable_kernels():
             for rows in self.passes.parts(x, torch.arange(self.batch, device=x.device)):

@@ -98,25 +98,20 @@ def run_inside(arguments: argparse.Namespace, rest: list[str]) -> int:
     return run_script(environment.DEV / scripts[arguments.command], rest)
 
 
-def evaluations() -> list[str]:
-    """The techniques that ``dev/scenes`` measures on the embedded model."""
-    return sorted(path.stem.removeprefix("evaluate_") for path in (environment.DEV / "scenes").glob("evaluate_*.py"))
-
-
 def chosen_script(command: str, rest: list[str]) -> tuple[Path, list[str]]:
     """The script of ``eval [NAME]`` or ``bench [NAME]``, and what is left for it."""
-    name, *others = rest or [""]
     if command == "eval":
-        known, whole = evaluations(), "the model"
-        script = environment.DEV / "scenes" / ("evaluate" if name not in known else f"evaluate_{name}")
+        folder, whole = environment.DEV / "scenes", "the model"
+        usual = folder / "evaluate.py"
+        named = {path.stem.removeprefix("evaluate_"): path for path in sorted(folder.glob("evaluate_*.py"))}
     else:
-        known, whole = benchmarks(), "all of them, on one page"
-        script = environment.DEV / "bench" / ("page" if name not in known else name)
-    if name in known:
-        return script.with_suffix(".py"), others
-    if name and not name.startswith("-"):
-        sys.exit(f"python dev {command}: there is no '{name}'; choose one of: {', '.join(known)} (or none: {whole})")
-    return script.with_suffix(".py"), rest
+        folder, whole = environment.DEV / "bench", "all of them, on one page"
+        usual, named = folder / "page.py", {name: folder / f"{name}.py" for name in benchmarks()}
+    if not rest or rest[0].startswith("-"):
+        return usual, rest
+    if rest[0] not in named:
+        sys.exit(f"python dev {command}: there is no '{rest[0]}'; choose one of: {', '.join(named)} (or none: {whole})")
+    return named[rest[0]], rest[1:]
 
 
 def run_outside(arguments: argparse.Namespace, rest: list[str], line: list[str]) -> int:

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from host_inprocess import load_pack, start_host
 
-from bench.measure import publish, table
+from bench.measure import add_run_arguments, publish, start, table
 from bench.models import SHAPES, Shape, host_unet, sampler, tiny
-from bench.tgate import tgate
+from bench.tgate import tgate, watched_runs
 
 SIZES = {"sd15": 512, "sdxl": 1024}
 SMALLER = 4
@@ -43,22 +40,12 @@ class Kept:
 
 def measure(shape: Shape, size: int, steps: int, smaller: int = 1, **settings: Any) -> Kept:
     """Of a picture of ``size`` pixels, seen on one that is so many times smaller."""
-    load_pack()
-    from fovea_attention.attention.tgate import TGateRun
-
     narrow, side = tiny(shape), size // 8 // smaller
-    run = sampler(tgate(host_unet(narrow), **settings), steps, torch.zeros(1, 4, side, side), narrow.context, narrow.pooled)
-    found: list[Kept] = []
-    release = TGateRun.release
+    model = tgate(host_unet(narrow), **settings)
+    with watched_runs() as seen:
+        sampler(model, steps, torch.zeros(1, 4, side, side), narrow.context, narrow.pooled)()
     factor = shape.channels / narrow.channels * HALF / 4 * smaller**2
-
-    def note_and_release(state: TGateRun) -> None:
-        found.append(Kept(state.cache_peak_bytes * factor, state.cache.bytes * factor))
-        release(state)
-
-    with mock.patch.object(TGateRun, "release", note_and_release):
-        run()
-    return found[0]
+    return Kept(seen[0].peak * factor, seen[0].kept * factor)
 
 
 def report(steps: int) -> str:
@@ -76,15 +63,9 @@ def report(steps: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python dev bench cache", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--out", type=Path, help="write the report here as well")
+    add_run_arguments(parser)
     args = parser.parse_args(argv)
-    start_host()
-    import comfy.utils
-
-    comfy.utils.set_progress_bar_enabled(False)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    start(args)
     publish(f"## What T-GATE keeps in memory\n\n{report(args.steps)}", args.out)
 
 

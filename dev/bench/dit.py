@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from host_inprocess import load_pack, pack_nodes, start_host
+from host_inprocess import load_pack, pack_nodes
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench.measure import machine, publish, ratios, table, take_turns
+from bench.measure import add_run_arguments, machine, publish, ratios, start, table, take_turns
 from bench.models import Target, random_tensor
 
 CFG, GUIDED, NULL_CLASS, LABEL = 4.0, 3, 1000, 207
@@ -130,13 +130,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=256, help="pixels of the side")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=5, help="counted turns of all sides")
-    parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--tiny", action="store_true", help="a tiny network, to try the benchmark itself")
-    parser.add_argument("--out", type=Path, help="write the report here as well")
+    add_run_arguments(parser)
     args = parser.parse_args(argv)
-    start_host()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    start(args)
     text = report(TINY if args.tiny else XL, args.size, args.steps, args.pairs)
     publish(f"## DiT\n\nMeasured on: {machine(Target.here())}.\n\n{text}", args.out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import statistics
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import psutil
 import torch
+from host_inprocess import start_host
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -135,6 +137,22 @@ def publish(report: str, out: Path | None) -> None:
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(report + "\n")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark can be told."""
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--out", type=Path, help="write the report here as well")
+
+
+def start(args: argparse.Namespace) -> None:
+    """Start the host in this process, without progress bars, on so many threads."""
+    start_host()
+    import comfy.utils
+
+    comfy.utils.set_progress_bar_enabled(False)
+    if args.threads:
+        torch.set_num_threads(args.threads)
 
 
 def machine(target: Target) -> str:

@@ -16,13 +16,12 @@ import pstats
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from host_inprocess import ROOT, pack_nodes, start_host
+from host_inprocess import ROOT, pack_nodes
 
-from bench.measure import machine, publish, table
+from bench.measure import add_run_arguments, machine, publish, start, table
 from bench.models import CPU, SD15, TINY, Target, host_unet, sampler
 
 REAL_SIZE = 512
@@ -82,12 +81,9 @@ def report(steps: list[int], step: float) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python dev bench overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 25, 100], help="lengths of the runs")
-    parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--out", type=Path, help="write the report here as well")
+    add_run_arguments(parser)
     args = parser.parse_args(argv)
-    start_host()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    start(args)
     text = report(args.steps, step_seconds())
     publish(f"## The pack's own overhead\n\nMeasured on: {machine(Target.here())}.\n\n{text}", args.out)
 

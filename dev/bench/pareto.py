@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from host_inprocess import host_node, pack_nodes, start_host
+from host_inprocess import host_node, pack_nodes
 from scenes import evaluate
 
-from bench.measure import machine, publish, ratios, table, take_turns
+from bench.measure import add_run_arguments, machine, publish, ratios, start, table, take_turns
 from bench.models import Target
 from bench.similarity import peak_signal_to_noise, structural_similarity
 
@@ -186,16 +186,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--cfg", type=float, default=5.0)
     parser.add_argument("--only", nargs="+", choices=KINDS, help="these kinds, beside the plain run")
-    parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--plot", type=Path, help="draw nearness against speed here (.png or .svg)")
-    parser.add_argument("--out", type=Path, help="write the report here as well")
+    add_run_arguments(parser)
     args = parser.parse_args(argv)
-    start_host()
-    import comfy.utils
-
-    comfy.utils.set_progress_bar_enabled(False)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    start(args)
     variants = [variant for variant in VARIANTS if variant.kind in (PLAIN, *(args.only or KINDS))]
     sampling = {"steps": args.steps, "cfg": args.cfg}
     found = measure_pictures(variants, args.prompts, **sampling)

@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from host_inprocess import pack_nodes, start_host
+from host_inprocess import pack_nodes
 from scenes import evaluate
 
-from bench.measure import Run, machine, publish, table, take_turns
+from bench.measure import Run, add_run_arguments, machine, publish, start, table, take_turns
 from bench.memory import HeldTensors
 from bench.models import TOKENS, Target, random_tensor
 
@@ -153,15 +152,9 @@ def part(title: str, points: list[Point], repeats: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python dev bench scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="counted turns of all points of a series")
-    parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--out", type=Path, help="write the report here as well")
+    add_run_arguments(parser)
     args = parser.parse_args(argv)
-    start_host()
-    import comfy.utils
-
-    comfy.utils.set_progress_bar_enabled(False)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    start(args)
     model = evaluate.load()[0]
     parts = [part(title, points, args.repeats) for title, points in series(model)]
     publish("\n\n".join([f"## How it grows\n\nMeasured on: {machine(Target.here())}.", *parts]), args.out)

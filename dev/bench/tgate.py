@@ -2,8 +2,8 @@
 
     python dev bench tgate [--parts speed auto] [--shape sd15|sdxl] [--repeats N] [--out FILE] [--peer NAME=PATH]
 
-Speed is measured on an SD1.5- or SDXL-shaped U-Net of real size (random weights) and on the embedded model; the picture on
-the embedded model, with the detector of ``python dev eval``. ``--peer`` adds another node pack's T-GATE node to the table.
+Speed is measured on an SD1.5- or SDXL-shaped U-Net of real size (random weights) and on the embedded model, on which the gate
+is watched too; what T-GATE does to pictures is in ``bench pareto``. ``--peer`` adds another node pack's T-GATE node to the table.
 On a GPU only the speed is measured unless ``--parts`` says otherwise, at the usual size of a picture.
 """
 
@@ -13,8 +13,9 @@ import argparse
 import collections
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,17 +35,26 @@ def tgate(model: Any, **settings: Any) -> Any:
     return pack_nodes()["TGateCache"].execute(model, **settings)[0]
 
 
+@dataclass(frozen=True)
+class Ran:
+    """A run as it ended: its gate step, and the bytes of its cache at most and at the end."""
+
+    gate: int
+    peak: int
+    kept: int
+
+
 @contextmanager
-def watched_runs():
-    """Collect each run's state as it ends: its gate and the largest size of its cache."""
+def watched_runs() -> Iterator[list[Ran]]:
+    """Collect each run's state as it ends."""
     load_pack()
     from fovea_attention.attention.tgate import TGateRun
 
-    seen: list[tuple[int, int]] = []
+    seen: list[Ran] = []
     release = TGateRun.release
 
     def note_and_release(run: TGateRun) -> None:
-        seen.append((run.gate, run.cache_peak_bytes))
+        seen.append(Ran(run.gate, run.cache_peak_bytes, run.cache.bytes))
         release(run)
 
     with mock.patch.object(TGateRun, "release", note_and_release):
@@ -88,7 +98,7 @@ def speed_part(args: argparse.Namespace) -> str:
             )  # fmt: skip
         speed = f"times as fast (median of {args.repeats} pairs)"
         header = ("variant", "GMAC", "MAC bound", speed, "of the bound", f"peak rise ({memory_name(target.device)}), MiB")
-        cache = max(size for _, size in seen) / 2**20
+        cache = max(run.peak for run in seen) / 2**20
         sections.append(f"### {title}\n\n{table(header, rows)}\n\nLargest cache of the default run: {cache:.1f} MiB.")
     return "\n\n".join(sections)
 
@@ -143,7 +153,7 @@ def auto_part(args: argparse.Namespace) -> str:
     for tolerance in (0.03, 0.05, 0.1, 0.2):
         with watched_runs() as seen:
             pictures = evaluate.generate(tgate(model, mode="auto", tolerance=tolerance), clip, vae, prompts, **sampling)
-        steps = collections.Counter(gate for gate, _ in seen)
+        steps = collections.Counter(run.gate for run in seen)
         chosen = ", ".join(f"{step} ({count})" for step, count in sorted(steps.items()))
         to_plain, to_fixed = (peak_signal_to_noise(pictures, other).median() for other in (plain, fixed))
         rows.append((f"auto, tolerance {tolerance:g}", chosen, f"{to_plain:.1f}", f"{to_fixed:.1f}"))

@@ -42,15 +42,14 @@ DISTILLED: dict[str, dict[str, Any]] = {
     "distilled, end_at 0.9": {"end_at": 0.9},
 }
 STYLE_ROWS = ("plain", "K/V injection", *DISTILLED)
+DENOISE = {f"guided from content, denoise {share:g}": share for share in (0.5, 0.7)}
+GUIDED_CFG = 3.0
 # Published: optimise, 1 iteration of 0.05 per step, content_weight 0.25.
 TRANSFERRED: dict[str, dict[str, Any]] = {
     "optimised, published": {"method": "optimise"},
     "optimised, content weight 1": {"method": "optimise", "content_weight": 1.0},
-    "guided from content, denoise 0.5": {"content_weight": 1.0},
-    "guided from content, denoise 0.7": {"content_weight": 1.0},
+    **{row: {"content_weight": 1.0} for row in DENOISE},
 }
-DENOISE = {"guided from content, denoise 0.5": 0.5, "guided from content, denoise 0.7": 0.7}
-GUIDED_CFG = 3.0
 
 
 # ------------------------------------------------------------------------------------- what is asked for
