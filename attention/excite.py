@@ -25,6 +25,7 @@ from . import host
 from .excite_losses import ExciteObjective, GuidedPrompt, LossSettings, Subject
 from .gradient import Gradient, Memory, ModelPass
 from .host import log
+from .layer_names import parse_layers
 from .sites import CaptureLayer, capture_layers, check_differentiable, layer_grid, network_layout
 from .stepping import check_sampler, seen_by_the_model, with_steps
 from .tokens import METADATA, TokenMap, UnknownEncoder, prompt_infos
@@ -49,6 +50,7 @@ class ExciteSettings:
         scale_factor, scale_end: step size, and the fraction of it that is left (under the root) in the last step.
         thresholds: (fraction of the run's steps, wanted maximum of every subject).
         attention_grid: tokens along the longer side; 0: a quarter of the latent's.
+        layers: names in the syntax of ``layer_names`` that the grid's layers must be among; empty: all.
     """
 
     guide_until: float = 0.5
@@ -59,6 +61,7 @@ class ExciteSettings:
     attention_grid: int = 0
     losses: LossSettings = field(default_factory=LossSettings)
     memory: Memory = Memory.AUTO
+    layers: str = ""
 
     def __post_init__(self) -> None:
         _check_fraction("guide_until", self.guide_until, "0.5 guides the first half of the steps")
@@ -219,20 +222,21 @@ class GuidedLayers:
 def guided_layers(network: torch.nn.Module, latent: Sequence[int], settings: ExciteSettings) -> GuidedLayers:
     """U-Nets: every cross-attention of the wanted level. Transformers, whose layers all have one grid: their middle half.
 
-    Where no level has the wanted grid, the next finer one is averaged down to it (or the finest there is is taken).
+    Where no level has the wanted grid, the next finer one is averaged down to it (or the finest there is is taken). Settings
+    can name the layers that are left to choose from.
     """
     check_network(network)
     layout = network_layout(network)
-    wanted = settings.attention_grid or math.ceil(max(latent[-2:]) / 4)
     every = capture_layers(network)
     grids = {layer.name: layer_grid(network, layout, layer.name, latent) for layer in every if layer.kind in ("cross", "joint")}
     sides = {name: max(grid[1:]) for name, grid in grids.items() if grid is not None}
     if not sides:
         raise ValueError(f"Attend-and-Excite cannot guide a latent of shape {tuple(latent)} in {type(network).__name__}.")
-    finer = [side for side in sides.values() if side >= wanted]
-    side = min(finer) if finer else max(sides.values())
-    names = [name for name in sides if sides[name] == side]
-    if layout is not None and layout.family != "U-Net":
+    allowed = parse_layers(settings.layers, list(sides))
+    wanted = settings.attention_grid or math.ceil(max(latent[-2:]) / 4)
+    side = min((sides[name] for name in allowed if sides[name] >= wanted), default=max(sides[name] for name in allowed))
+    names = [name for name in allowed if sides[name] == side]
+    if layout is not None and layout.family != "U-Net" and not settings.layers.strip():
         names = names[len(names) // 4 : max(math.ceil(len(names) * 3 / 4), 1)]
     kinds = ("cross", "joint", "self") if settings.losses.self_overlap else ("cross", "joint")
     layers = [layer for layer in every if layer.name in names and layer.kind in kinds]
@@ -243,11 +247,13 @@ def guided_layers(network: torch.nn.Module, latent: Sequence[int], settings: Exc
 
 
 def guided_names(network: torch.nn.Module, settings: ExciteSettings) -> str:
-    """The layers that are guided, in the syntax of ``layer_names``; all of them where that depends on the latent's size."""
-    if settings.attention_grid:
-        return ""
+    """The layers that are guided, in the syntax of ``layer_names``; all that may be where that depends on the latent's size.
+
+    Raises:
+        ValueError: ``layers`` names one that the network does not have.
+    """
     layers = guided_layers(network, (1, 4, *_NOMINAL_LATENT), settings).layers
-    return ", ".join(dict.fromkeys(layer.name for layer in layers))
+    return settings.layers if settings.attention_grid else ", ".join(dict.fromkeys(layer.name for layer in layers))
 
 
 # --- one sampling run ------------------------------------------------------------------------------------------------------

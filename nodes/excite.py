@@ -151,6 +151,15 @@ class AttendExciteGuider(io.ComfyNode):
                     default="",
                     tooltip="Only for prompts of other encoders: the positive prompt, exactly as it was encoded.",
                 ),
+                advanced(
+                    io.String.Input(
+                        "layers",
+                        optional=True,
+                        default="",
+                        tooltip="Which cross-attention layers may be read, for example: output, or output.3-5. Empty: all of the "
+                        "attention grid, as published.",
+                    )
+                ),
             ],
             outputs=[
                 io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced or Attention Distillation Sampler."),
@@ -184,6 +193,7 @@ class AttendExciteGuider(io.ComfyNode):
         memory: str = Memory.AUTO.value,
         clip: Any = None,
         text: str = "",
+        layers: str = "",
     ) -> io.NodeOutput:
         settings = ExciteSettings(
             guide_until=guide_until,
@@ -194,6 +204,7 @@ class AttendExciteGuider(io.ComfyNode):
             attention_grid=attention_grid,
             losses=LossSettings(Loss(loss), smoothing, sigma, kernel_size, overlap, self_overlap),
             memory=Memory(memory),
+            layers=layers,
         )
         network = host.diffusion_model(model.model)
         check_network(network)

@@ -37,7 +37,7 @@ def dev_commands() -> ModuleType:
 def test_every_file_of_the_folder_is_a_benchmark_or_known_to_be_shared():
     commands = dev_commands()
     found = set(commands.benchmarks())
-    assert {*page.PARTS, "page"} == found
+    assert {*map(page.benchmark_of, page.PARTS), "page"} == found
     assert all("def main(" in (DEV / "bench" / f"{name}.py").read_text(encoding="utf-8") for name in found)
     assert all((DEV / "bench" / f"{name}.py").is_file() for name in commands._SHARED_BY_BENCHMARKS)
 
@@ -206,7 +206,7 @@ def test_dit_sides_that_differ_are_not_compared(monkeypatch):
 
 
 def test_the_packs_own_time_is_a_part_of_the_run_and_nothing_without_it():
-    model = overhead.host_unet(TINY)
+    model = overhead.host_network(TINY)
     plain = overhead.per_step(lambda model: model, model, 3, repeats=1)
     gated = overhead.per_step(overhead.variants()["T-GATE Cache, defaults"], model, 3, repeats=1)
     assert plain == 0 and 0 < gated < 1000

@@ -337,6 +337,8 @@ def test_networks_without_a_known_place_for_text_are_refused(guider, name):
         ({"guide_until": 1.5}, "guide_until is 1.5"),
         ({"scale_factor": float("nan")}, "scale_factor is nan"),
         ({"overlap": -1.0}, "overlap is -1.0"),
+        ({"layers": "output, middel"}, "layers names 'middel', which this model does not have. Its layers: input"),
+        ({"layers": "output.9", "attention_grid": 16}, "layers names 'output.9'"),
     ],
 )
 def test_wrong_inputs_are_said_on_the_node(guider, model, settings, message):
@@ -412,6 +414,28 @@ def test_guided_maps_come_with_the_guider(node_classes, model):
     made = node_classes["AttendExciteGuider"].execute(model, cond(1), cond(2), subjects="2, 5")
     run(made[0], noise=noise_of(), sigmas=schedule(model))
     assert made[1].recorded_steps("positive", 0) == list(range(STEPS))
+
+
+@pytest.mark.parametrize(
+    ("settings", "guided"),
+    [
+        ({}, (["input.7", "input.8", "output.3", "output.4", "output.5"], None)),
+        ({"layers": "output"}, (["output.3", "output.4", "output.5"], None)),
+        ({"layers": "input", "attention_grid": 32}, (["input.1", "input.2"], None)),
+        ({"layers": "input.1, output.8"}, (["output.8"], (8, 8))),
+    ],
+)
+def test_the_layers_that_are_guided(excite, settings, guided):
+    """Of the named layers those of the attention grid, or of the next finer one, whose maps are averaged down to it."""
+    found = excite.guided_layers(vector_model().model.diffusion_model, (1, 4, 32, 32), excite.ExciteSettings(**settings))
+    assert ([layer.name for layer in found.layers], found.grid) == guided
+
+
+def test_named_layers_of_a_transformer(excite):
+    network, latent = FAMILIES["pixart"].build().model.diffusion_model, FAMILIES["pixart"].latent().shape
+    for layers, guided in (("", ["block.0", "block.1"]), ("block.1", ["block.1"])):
+        found = excite.guided_layers(network, latent, excite.ExciteSettings(layers=layers))
+        assert [layer.name for layer in found.layers] == guided
 
 
 # ------------------------------------------------------------------------------------------------------ words and control

@@ -308,7 +308,7 @@ def test_the_excite_workflow_shows_the_nodes_defaults(object_info: dict[str, Any
     specs = {**inputs["required"], **inputs["optional"]}
     defaults = {name: options[0]["default"] for name, (kind, *options) in specs.items() if kind in WIDGET_TYPES}
     differing = {name for (name, value), own in zip(defaults.items(), node["widgets_values"], strict=True) if own != value}
-    assert differing <= {"cfg", "attention_grid"}
+    assert differing <= {"cfg", "attention_grid", "layers"}
 
 
 def test_the_excite_workflow_compares_equal_runs() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench.measure import add_run_arguments, publish, start, table
-from bench.models import SHAPES, Shape, host_unet, sampler, tiny
+from bench.models import SHAPES, Shape, host_network, sampler, tiny
 from bench.tgate import tgate, watched_runs
 
 SIZES = {"sd15": 512, "sdxl": 1024}
@@ -41,7 +41,7 @@ class Kept:
 def measure(shape: Shape, size: int, steps: int, smaller: int = 1, **settings: Any) -> Kept:
     """Of a picture of ``size`` pixels, seen on one that is so many times smaller."""
     narrow, side = tiny(shape), size // 8 // smaller
-    model = tgate(host_unet(narrow), **settings)
+    model = tgate(host_network(narrow), **settings)
     with watched_runs() as seen:
         sampler(model, steps, torch.zeros(1, 4, side, side), narrow.context, narrow.pooled)()
     factor = shape.channels / narrow.channels * HALF / 4 * smaller**2

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from bench.measure import Timings, machine, now, publish, ratios, table, take_turns
 from bench.memory import AllocatedMemory, HeldTensors
-from bench.models import CPU, SD15, TINY, TOKENS, Shape, Target, add_dtype_argument, host_unet, random_tensor
+from bench.models import CPU, SD15, TINY, TOKENS, Shape, Target, add_dtype_argument, host_network, random_tensor
 
 CFG, LEARNING_RATE = 7.5, 0.015
 LAYERS = (10, 16)  # as the authors count SD1.5's self-attentions
@@ -119,7 +119,7 @@ class Setup:
         from fovea_attention.attention import distill, distill_reference
 
         self.target = target
-        self.model = host_unet(shape, target)
+        self.model = host_network(shape, target)
         self.distill, self.features = distill, distill_reference
         self.stated = restatement()
         self.twin = casting(self.stated.plain_copy(self.model.model.diffusion_model), target)

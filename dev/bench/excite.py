@@ -32,7 +32,7 @@ from torch import Tensor
 
 from bench.measure import Timings, machine, now, publish, ratios, table, take_turns
 from bench.memory import AllocatedMemory, HeldTensors
-from bench.models import CPU, SD15, TINY, TOKENS, Shape, Target, add_dtype_argument, as_diffusers, host_unet, random_tensor
+from bench.models import CPU, SD15, TINY, TOKENS, Shape, Target, add_dtype_argument, as_diffusers, host_network, random_tensor
 
 SUBJECTS = (2, 5)  # as in "a cat and a frog"
 CFG = 7.5
@@ -145,7 +145,7 @@ class Setup:
 
         logging.set_verbosity_error()
         self.target = target
-        self.model = host_unet(shape, target)
+        self.model = host_network(shape, target)
         # Scheduled as published for SD1.x, down to a clean latent as the host's samplers go.
         scheduler = DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,

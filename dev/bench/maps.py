@@ -28,13 +28,13 @@ from bench.measure import Run, Timings, machine, memory_name, publish, ratios, t
 from bench.memory import bytes_of
 from bench.models import (
     CPU,
-    SHAPES,
     TINY,
+    UNETS,
     Shape,
     Target,
     add_dtype_argument,
     add_shape_arguments,
-    host_unet,
+    host_network,
     precision_of,
     sampler,
     tiny,
@@ -153,7 +153,7 @@ def unet_part(
     measured = Measured()
     with ExitStack() as stack:
         latent = torch.zeros(1, 4, size // 8, size // 8)
-        measured.add_host(host_unet(shape, target), steps, latent, shape.context, shape.pooled)
+        measured.add_host(host_network(shape, target), steps, latent, shape.context, shape.pooled)
         if daam is not None:
             measured.add_daam(stack.enter_context(daam_process(daam, size, steps, shape, target)))
         text = measured.table(take_turns(measured.runs, pairs), memory_name(target.device))
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="steps of the real-size run (default 5; on a GPU 25, of SDXL 10)")
     parser.add_argument("--pairs", type=int, default=3, help="counted turns of all variants")
     add_dtype_argument(parser)
-    add_shape_arguments(parser)
+    add_shape_arguments(parser, UNETS)
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--daam", type=Path, metavar="PYTHON", help="measure daam with this Python")
     parser.add_argument("--out", type=Path, help="write the report here as well")
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     comfy.utils.PROGRESS_BAR_ENABLED = False
     if args.threads:
         torch.set_num_threads(args.threads)
-    target, shape, sdxl = Target.here(args.dtype), SHAPES[args.shape], args.shape == "sdxl"
+    target, shape, sdxl = Target.here(args.dtype), UNETS[args.shape], args.shape == "sdxl"
     size, steps = ((1024, 10) if sdxl else (512, 25)) if target.on_gpu else (256, 5)
     if args.tiny:
         shape, size, steps = tiny(shape), 128, 2

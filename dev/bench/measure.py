@@ -16,7 +16,7 @@ import psutil
 import torch
 from host_inprocess import start_host
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from bench.memory import AllocatedMemory
 from bench.models import Target
@@ -75,6 +75,15 @@ def multiply_accumulates(run: Run) -> float:
     return counter.total / 2
 
 
+def _attention_on_a_cpu(query: Any, key: Any, value: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
+    found: int = sdpa_flop_count(query.shape, key.shape, value.shape)
+    return found
+
+
+# torch's own registry has only a GPU's.
+_COUNTED = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_a_cpu}
+
+
 class _Operations(TorchDispatchMode):
     """What ``FlopCounterMode`` counts, without its account of modules, which takes longer than a small network."""
 
@@ -85,7 +94,7 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        count = flop_registry.get(func._overloadpacket)
+        count = _COUNTED.get(func._overloadpacket)
         if count is None and func not in self._simple:
             with self:
                 result = func.decompose(*args, **kwargs)  # under inference mode, linear layers and convolutions come whole

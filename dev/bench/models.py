@@ -1,4 +1,4 @@
-"""Networks to measure on: SD1.5's and SDXL's U-Nets at real size with random weights, for the host and for diffusers.
+"""Networks to measure on: SD1.5's, SDXL's and PixArt's at real size with random weights, for the host and for diffusers.
 
 Speed and memory do not depend on what the weights are, and no checkpoint has to be fetched.
 """
@@ -6,7 +6,7 @@ Speed and memory do not depend on what the weights are, and no checkpoint has to
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,19 +60,23 @@ def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the real-size network (default float32; on a GPU float16)")
 
 
-def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=SHAPES, default="sd15", help="the network's layout (default sd15)")
+def add_shape_arguments(parser: argparse.ArgumentParser, shapes: Iterable[str]) -> None:
+    parser.add_argument("--shape", choices=tuple(shapes), default="sd15", help="the network's layout (default sd15)")
     parser.add_argument("--tiny", action="store_true", help="a tiny network and few steps, to try the benchmark itself")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A U-Net's layout and width, and the channels of the text it looks at and of the pooled text it is told."""
+    """A network's layout and width, and the channels of the text it looks at and of the pooled text it is told."""
 
     layout: str
     channels: int
     context: int
     pooled: int = 0
+
+    @property
+    def title(self) -> str:
+        return f"{self.layout}-shaped {'transformer' if self.layout == 'PixArt' else 'U-Net'}"
 
 
 def tiny(shape: Shape) -> Shape:
@@ -81,21 +85,34 @@ def tiny(shape: Shape) -> Shape:
 
 SD15 = Shape("SD1.5", 320, 768)
 SDXL = Shape("SDXL", 320, 2048, 1280)
-SHAPES = {"sd15": SD15, "sdxl": SDXL}
+PIXART = Shape("PixArt", 1152, 4096)
+UNETS = {"sd15": SD15, "sdxl": SDXL}
+SHAPES = {**UNETS, "pixart": PIXART}
 TINY = tiny(SD15)  # to try a benchmark itself
 
+_UNET: dict[str, Any] = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "use_spatial_transformer": True, "legacy": False,
+    "use_temporal_attention": False, "use_checkpoint": False,
+}  # fmt: skip
 _LAYOUTS: dict[str, dict[str, Any]] = {
     "SD1.5": {
+        **_UNET,
         "num_res_blocks": [2] * 4, "channel_mult": [1, 2, 4, 4], "transformer_depth": [1] * 6 + [0] * 2,
         "transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1, "num_heads": 8, "num_head_channels": -1,
         "use_linear_in_transformer": False, "adm_in_channels": None,
     },
     "SDXL": {
+        **_UNET,
         "num_res_blocks": [2] * 3, "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
         "transformer_depth_output": [0] * 3 + [2] * 3 + [10] * 3, "transformer_depth_middle": 10, "num_heads": -1,
         "num_head_channels": 64, "use_linear_in_transformer": True, "num_classes": "sequential", "adm_in_channels": 2816,
     },
+    "PixArt": {
+        "image_model": "pixart_alpha", "input_size": 64, "patch_size": 2, "in_channels": 4, "depth": 28, "num_heads": 16,
+        "model_max_length": 120, "micro_condition": False, "pe_interpolation": 1,
+    },
 }  # fmt: skip
+_KINDS = {"SD1.5": "SD15", "SDXL": "SDXL", "PixArt": "PixArtAlpha"}  # the host's
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
@@ -112,18 +129,17 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
             parameter.normal_(0, 0.02, generator=generator)
 
 
-def host_unet(shape: Shape = SD15, target: Target = CPU) -> Any:
-    """The U-Net with random weights, as the host builds it."""
+def host_network(shape: Shape = SD15, target: Target = CPU) -> Any:
+    """The network with random weights, as the host builds it."""
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = {
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": shape.channels, "context_dim": shape.context,
-        "use_spatial_transformer": True, "legacy": False, "use_temporal_attention": False, "use_checkpoint": False,
-        "dtype": target.dtype, **_LAYOUTS[shape.layout],
-    }  # fmt: skip
-    kind = comfy.supported_models.SDXL if shape.layout == "SDXL" else comfy.supported_models.SD15
+    width = {"model_channels": shape.channels, "context_dim": shape.context}
+    if shape.layout == "PixArt":
+        width = {"hidden_size": shape.channels, "caption_channels": shape.context}
+    kind = getattr(comfy.supported_models, _KINDS[shape.layout])
+    config = {**_LAYOUTS[shape.layout], **width, "dtype": target.dtype}
     model = kind(config).get_model({}, device=target.device)
     randomise(model)
     patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)

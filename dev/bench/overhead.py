@@ -22,7 +22,7 @@ import torch
 from host_inprocess import ROOT, pack_nodes
 
 from bench.measure import add_run_arguments, machine, publish, start, table
-from bench.models import CPU, SD15, TINY, Target, host_unet, sampler
+from bench.models import CPU, SD15, TINY, Target, host_network, sampler
 
 REAL_SIZE = 512
 SMALL = (1, 4, 8, 8)
@@ -58,7 +58,7 @@ def per_step(apply: Callable[[Any], Any], model: Any, steps: int, repeats: int =
 
 def step_seconds() -> float:
     """One step of the real network with guidance, the faster of two."""
-    run = sampler(host_unet(SD15), 1, torch.zeros(1, 4, REAL_SIZE // 8, REAL_SIZE // 8), SD15.context)
+    run = sampler(host_network(SD15), 1, torch.zeros(1, 4, REAL_SIZE // 8, REAL_SIZE // 8), SD15.context)
     run()
     found = []
     for _ in range(2):
@@ -69,7 +69,7 @@ def step_seconds() -> float:
 
 
 def report(steps: list[int], step: float) -> str:
-    model = host_unet(TINY, CPU)
+    model = host_network(TINY, CPU)
     rows = []
     for name, apply in variants().items():
         found = [per_step(apply, model, count) for count in steps]

@@ -26,9 +26,11 @@ INTRODUCTION = """# Benchmarks
 Made by `python dev bench`. Variants take turns in one process, after a round that does not count; what is compared is ratios, as
 medians with the lowest and the highest. Below every title is the command that repeats it alone.
 """
-# In the page's order; {plots} is the page's own folder of pictures.
+# In the page's order; what follows a hyphen tells two parts of one benchmark apart; {plots} is the page's own folder of pictures.
 PARTS: dict[str, Sequence[str]] = {
-    "tgate": ("--parts", "speed"),
+    "tgate": ("--parts", "speed", "--size", "192"),
+    "tgate-sdxl": ("--parts", "speed", "--shape", "sdxl", "--steps", "5"),
+    "tgate-pixart": ("--parts", "speed", "--shape", "pixart"),
     "pareto": ("--plot", "{plots}/pareto.svg"),
     "cache": (),
     "excite": ("--size", "256", "--steps", "10"),
@@ -39,10 +41,10 @@ PARTS: dict[str, Sequence[str]] = {
     "scaling": (),
 }
 TINY = {
-    "tgate": ("--tiny",), "pareto": ("--prompts", "2", "--repeats", "1", "--only", "fewer steps"), "excite": ("--tiny",),
-    "distill": ("--tiny",), "maps": ("--tiny",), "dit": ("--tiny", "--pairs", "1"),
+    "tgate": ("--tiny",), "tgate-sdxl": ("--tiny", "--shape", "sdxl"), "tgate-pixart": ("--tiny", "--shape", "pixart"),
+    "pareto": ("--prompts", "2", "--repeats", "1", "--only", "fewer steps"), "excite": ("--tiny",), "distill": ("--tiny",),
+    "maps": ("--tiny",), "dit": ("--tiny", "--pairs", "1"),
 }  # fmt: skip
-WITHOUT_THREADS = ("tgate",)
 
 
 def part_of(page: str, name: str) -> str | None:
@@ -58,9 +60,13 @@ def with_part(page: str, name: str, text: str) -> str:
     return "\n".join([INTRODUCTION, *shown])
 
 
+def benchmark_of(part: str) -> str:
+    return part.partition("-")[0]
+
+
 def arguments_of(name: str, args: argparse.Namespace, plots: Path) -> list[str]:
     found = list(TINY.get(name, ())) if args.tiny else [each.format(plots=plots) for each in PARTS[name]]
-    if args.threads and name not in WITHOUT_THREADS:
+    if args.threads:
         found += ["--threads", str(args.threads)]
     if name == "tgate":
         found += [item for peer in args.peer for item in ("--peer", peer)]
@@ -74,7 +80,7 @@ def shown_command(name: str, arguments: Sequence[str], root: Path) -> str:
     words = [re.sub(r"^([^=]+)=.*", r"\1=PATH", word) if "=" in word else word.replace(f"{root}/", "") for word in arguments]
     if "--daam" in words:
         words[words.index("--daam") + 1] = "PYTHON"
-    return " ".join(["python dev bench", name, *(f'"{word}"' if " " in word else word for word in words)])
+    return " ".join(["python dev bench", benchmark_of(name), *(f'"{word}"' if " " in word else word for word in words)])
 
 
 def run_part(name: str, args: argparse.Namespace) -> None:
@@ -83,7 +89,7 @@ def run_part(name: str, args: argparse.Namespace) -> None:
     arguments = arguments_of(name, args, page.parent / page.stem)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "report.md")
-        command = [sys.executable, str(DEV), "bench", name, *arguments, "--out", str(out)]
+        command = [sys.executable, str(DEV), "bench", benchmark_of(name), *arguments, "--out", str(out)]
         print(f"\n=== {shown_command(name, arguments, page.parent.parent)}", flush=True)
         subprocess.run(command, check=True, env={**os.environ, "FOVEA_INSIDE": "1"})
         title, _, rest = out.read_text(encoding="utf-8").strip().partition("\n")

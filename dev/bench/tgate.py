@@ -1,9 +1,10 @@
 """T-GATE: speed against plain sampling, and when its automatic gate opens.
 
-    python dev bench tgate [--parts speed auto] [--shape sd15|sdxl] [--repeats N] [--out FILE] [--peer NAME=PATH]
+    python dev bench tgate [--parts speed auto] [--shape sd15|sdxl|pixart] [--repeats N] [--out FILE] [--peer NAME=PATH]
 
-Speed is measured on an SD1.5- or SDXL-shaped U-Net of real size (random weights) and on the embedded model, on which the gate
-is watched too; what T-GATE does to pictures is in ``bench pareto``. ``--peer`` adds another node pack's T-GATE node to the table.
+Speed is measured on an SD1.5-, SDXL- or PixArt-shaped network of real size (random weights), SD1.5's beside diffusers with the
+published schedule, and on the embedded model, on which the gate is watched too. What T-GATE does to pictures is in ``bench
+pareto``. ``--peer`` adds another node pack's T-GATE node to the table.
 On a GPU only the speed is measured unless ``--parts`` says otherwise, at the usual size of a picture.
 """
 
@@ -15,20 +16,48 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from host_inprocess import load_pack, pack_nodes, start_host
+from host_inprocess import load_pack, pack_nodes
 from scenes import evaluate
 
-from bench.measure import machine, memory_name, multiply_accumulates, publish, ratios, table, take_turns
-from bench.models import SHAPES, Target, add_dtype_argument, add_shape_arguments, host_unet, precision_of, sampler, tiny
+from bench.measure import (
+    Run,
+    add_run_arguments,
+    machine,
+    memory_name,
+    multiply_accumulates,
+    publish,
+    ratios,
+    start,
+    table,
+    take_turns,
+)
+from bench.models import (
+    SHAPES,
+    TOKENS,
+    Target,
+    add_dtype_argument,
+    add_shape_arguments,
+    as_diffusers,
+    host_network,
+    precision_of,
+    random_tensor,
+    sampler,
+    tiny,
+)
 from bench.similarity import peak_signal_to_noise
+from bench.tgate_diffusers import run_of
 
 STEPS = 25
+PIXART_AT_LEAST = 320  # the host divides by 0 below
+SAME = 1e-3  # float32, over all steps
+PLAIN, AS_PUBLISHED = "plain", "T-GATE, as published"
+THEIR_PLAIN, THEIR_GATE = "diffusers", "diffusers, T-GATE"
 
 
 def tgate(model: Any, **settings: Any) -> Any:
@@ -64,43 +93,102 @@ def watched_runs() -> Iterator[list[Ran]]:
 # --- speed ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Network:
+    """What is sampled: a host's model and what ``sampler`` needs beside it."""
+
+    title: str
+    build: Callable[[], Any]
+    steps: int
+    latent: torch.Tensor
+    context: int
+    pooled: int = 0
+
+    def run(self, model: Any) -> Run:
+        return sampler(model, self.steps, self.latent, self.context, self.pooled)
+
+
+def networks(args: argparse.Namespace) -> list[Network]:
+    """The one of the wanted shape; with SD1.5's, the embedded model as well."""
+    shape = tiny(SHAPES[args.shape]) if args.tiny else SHAPES[args.shape]
+    title, latent = f"{shape.title}, {args.size} px, {args.steps} steps", torch.zeros(1, 4, args.size // 8, args.size // 8)
+    real = Network(title, lambda: host_network(shape, args.target), args.steps, latent, shape.context, shape.pooled)
+    if args.shape != "sd15":
+        return [real]
+    steps = args.embedded_steps
+    title = f"embedded model, 256 px, {steps} steps"
+    return [real, Network(title, lambda: evaluate.load()[0], steps, torch.zeros(1, 3, 32, 32), 96)]
+
+
+def ours(model: Any) -> dict[str, Any]:
+    return {
+        PLAIN: model,
+        "T-GATE": tgate(model),
+        AS_PUBLISHED: tgate(model, cfg_after_gate="drop (keep negative, as published)"),
+        "T-GATE v1": tgate(model, sp_interval=1),
+        "off": tgate(model, gate_at=1.0),
+    }
+
+
+def theirs(network: Network, model: Any) -> dict[str, Callable[[], torch.Tensor]]:
+    """diffusers with the same weights, after its pictures have been compared with ours."""
+    import comfy.samplers
+
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", network.steps)
+    noise, positive, negative = (
+        random_tensor(seed, *shape)
+        for seed, shape in enumerate((network.latent.shape, (1, TOKENS, network.context), (1, TOKENS, network.context)))
+    )
+    unet = as_diffusers(
+        model, replace(SHAPES["sd15"], channels=model.model.diffusion_model.model_channels, context=network.context)
+    )
+    runs = {
+        name: run_of(unet, sampling, sigmas, noise, (positive, negative), gated)
+        for name, gated in ((THEIR_PLAIN, False), (THEIR_GATE, True))
+    }
+    variants = ours(model)
+    for name, their_name in ((PLAIN, THEIR_PLAIN), (AS_PUBLISHED, THEIR_GATE)):
+        own, other = model.model.process_latent_in(network.run(variants[name])()), runs[their_name]()
+        difference = float((own - other).abs().max() / other.abs().max())
+        print(f"  {name} and {their_name} end {difference:.1e} apart")
+        if not difference <= SAME:
+            raise SystemExit(f"'{name}' and '{their_name}' end {difference:.1e} apart, so their times cannot be compared.")
+    return runs
+
+
 def speed_part(args: argparse.Namespace) -> str:
-    target, shape = args.target, tiny(SHAPES[args.shape]) if args.tiny else SHAPES[args.shape]
-    networks: dict[str, Callable[[], tuple[Any, ...]]] = {
-        f"{shape.layout}-shaped U-Net, {args.size} px, {args.steps} steps": lambda: (
-            host_unet(shape, target), args.steps, torch.zeros(1, 4, args.size // 8, args.size // 8), shape.context, shape.pooled
-        ),
-        f"embedded model, 256 px, {args.embedded_steps} steps": lambda: (
-            evaluate.load()[0], args.embedded_steps, torch.zeros(1, 3, 32, 32), 96
-        ),
-    }  # fmt: skip
-    sections = []
-    for network, build in networks.items():
-        model, steps, *inputs = build()
-        title = f"{network}, {precision_of(model)}"
-        print(title)
-        models = {"plain": model, "T-GATE": tgate(model), "T-GATE v1": tgate(model, sp_interval=1)}
-        models["off"] = tgate(model, gate_at=1.0)
-        # A peer may write to the network's modules for good, so each has a network of its own, with the same weights.
-        models |= {name: apply(build()[0]) for name, apply in peers(args.peer).items()}
-        runs = {name: sampler(patched, steps, *inputs) for name, patched in models.items()}
-        macs = {name: multiply_accumulates(run) for name, run in runs.items()}
-        with watched_runs() as seen:
-            runs["T-GATE"]()
-        timings = take_turns(runs, args.repeats)
-        rows = []
-        for name in models:
-            ratio, low, high = ratios(timings["plain"], timings[name])
-            bound = macs["plain"] / macs[name]
-            rows.append(
-                (name, f"{macs[name] / 1e9:.1f}", f"{bound:.3f}", f"{ratio:.3f} ({low:.3f} to {high:.3f})",
-                 f"{100 * ratio / bound:.1f} %", f"{timings[name].peak_bytes / 2**20:.0f}")
-            )  # fmt: skip
-        speed = f"times as fast (median of {args.repeats} pairs)"
-        header = ("variant", "GMAC", "MAC bound", speed, "of the bound", f"peak rise ({memory_name(target.device)}), MiB")
-        cache = max(run.peak for run in seen) / 2**20
-        sections.append(f"### {title}\n\n{table(header, rows)}\n\nLargest cache of the default run: {cache:.1f} MiB.")
-    return "\n\n".join(sections)
+    return "\n\n".join(speed_of(network, args) for network in networks(args))
+
+
+def speed_of(network: Network, args: argparse.Namespace) -> str:
+    model = network.build()
+    title = f"{network.title}, {precision_of(model)}"
+    print(title)
+    models = ours(model)
+    # A peer may write to the network's modules for good, so each has a network of its own, with the same weights.
+    models |= {name: apply(network.build()) for name, apply in peers(args.peer).items()}
+    runs: dict[str, Run] = {name: network.run(patched) for name, patched in models.items()}
+    if network.title.startswith("SD1.5") and args.target.exact:
+        runs |= theirs(network, model)
+    macs = {name: multiply_accumulates(run) for name, run in runs.items()}
+    with watched_runs() as seen:
+        runs["T-GATE"]()
+    timings = take_turns(runs, args.repeats)
+    rows = []
+    for name in runs:
+        plain = THEIR_PLAIN if name == THEIR_GATE else PLAIN
+        ratio, low, high = ratios(timings[plain], timings[name])
+        bound = macs[plain] / macs[name]
+        rows.append(
+            (name, f"{macs[name] / 1e9:.1f}", f"{bound:.3f}", f"{ratio:.3f} ({low:.3f} to {high:.3f})",
+             f"{100 * ratio / bound:.1f} %", f"{timings[name].peak_bytes / 2**20:.0f}")
+        )  # fmt: skip
+    speed = f"times as fast (median of {args.repeats} pairs)"
+    header = ("variant", "GMAC", "MAC bound", speed, "of the bound", f"peak rise ({memory_name(args.target.device)}), MiB")
+    beside = f" '{THEIR_GATE}' is compared with '{THEIR_PLAIN}', all others with '{PLAIN}'." if THEIR_GATE in runs else ""
+    cache = max(run.peak for run in seen) / 2**20
+    return f"### {title}\n\n{table(header, rows)}\n\nLargest cache of the default run: {cache:.1f} MiB.{beside}"
 
 
 def peers(named: list[str]) -> dict[str, Callable[[Any], Any]]:
@@ -172,6 +260,8 @@ def fill_in(args: argparse.Namespace) -> None:
     size, steps, repeats = ((1024, 15, 3) if sdxl else (512, 25, 5)) if gpu else (256, 10, 5)
     if args.tiny:
         size, steps, repeats = 128, 5, 1
+    if args.shape == "pixart":
+        size = max(size, PIXART_AT_LEAST)
     args.size, args.steps, args.repeats = args.size or size, args.steps or steps, args.repeats or repeats
     args.parts = args.parts or (["speed"] if gpu else list(PARTS))
     args.embedded_steps = 5 if args.tiny else STEPS
@@ -181,22 +271,19 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python dev bench tgate", description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all; on a GPU the speed")
     parser.add_argument("--repeats", type=int, help="counted pairs of runs (speed; default 5; on a GPU, of SDXL 3)")
-    parser.add_argument("--size", type=int, help="pixels of the real-size run (default 256; on a GPU 512, of SDXL 1024)")
+    parser.add_argument("--size", type=int, help="pixels (default 256, of PixArt 320; on a GPU 512, of SDXL 1024)")
     parser.add_argument("--steps", type=int, help="steps of the real-size run (default 10; on a GPU 25, of SDXL 15)")
     add_dtype_argument(parser)
-    add_shape_arguments(parser)
+    add_shape_arguments(parser, SHAPES)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--cfg", type=float, default=5.0)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="measure another node pack too")
-    parser.add_argument("--out", type=Path, help="write the report here as well")
+    add_run_arguments(parser)
     args = parser.parse_args(argv)
-    start_host()
-    import comfy.utils
-
-    comfy.utils.PROGRESS_BAR_ENABLED = False
+    start(args)
     fill_in(args)
-    report = "\n\n".join([f"## T-GATE\n\nMeasured on: {machine(args.target)}.", *(PARTS[part](args) for part in args.parts)])
-    publish(report, args.out)
+    heading = f"## T-GATE: {SHAPES[args.shape].title}\n\nMeasured on: {machine(args.target)}."
+    publish("\n\n".join([heading, *(PARTS[part](args) for part in args.parts)]), args.out)
 
 
 if __name__ == "__main__":
