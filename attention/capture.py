@@ -287,7 +287,8 @@ class Capture:
         run = host.run_state(model_options, self.key)
         if run is not None:
             run.prompts = executor.class_obj.conds
-            run.begin_evaluation(float(timestep.max()))
+            sigma, model_options = host.read_sigma(timestep, model_options)
+            run.begin_evaluation(sigma)
         return executor(x, timestep, model_options, seed)
 
     def calc_cond_batch(

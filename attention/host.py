@@ -33,6 +33,7 @@ TransformerOptions = dict[str, Any]
 
 # Set in transformer_options by the pack's own extra passes (gradients, references): caches and recorders let them through.
 PRIVATE_PASS = "fovea.private_pass"
+_SIGMA = "fovea.sigma"
 
 # transformer_options: a function that takes the place of every attention call that passes its transformer_options on.
 _ATTENTION_OVERRIDE = "optimized_attention_override"
@@ -94,6 +95,18 @@ def run_state(options: ModelOptions | TransformerOptions, key: str) -> Any:
 
 
 # --- reading a call -------------------------------------------------------------------------------------------------
+
+
+def read_sigma(timestep: torch.Tensor, options: ModelOptions) -> tuple[float, ModelOptions]:
+    """The noise level of a model call, and the options to go on with.
+
+    A GPU is waited for where a value is read: of all nodes that ask, the first one reads, and tells the others by the options.
+    """
+    sigma = options.get(_SIGMA)
+    if sigma is None:
+        sigma = float(timestep.max())
+        options = {**options, _SIGMA: sigma}
+    return sigma, options
 
 
 def apply_model_options(args: Sequence[Any]) -> TransformerOptions:

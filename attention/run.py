@@ -23,7 +23,7 @@ class StepClock:
 
     @classmethod
     def from_sigmas(cls, sigmas: torch.Tensor) -> StepClock:
-        return cls(tuple(float(sigma) for sigma in sigmas))
+        return cls(tuple(sigmas.tolist()))
 
     @property
     def steps(self) -> int:

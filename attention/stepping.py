@@ -81,7 +81,7 @@ class _Steps:
         self, model: Any, sigmas: Tensor, before_step: BeforeStep, steps: Callable[[int], bool], name: str, callback: Any
     ) -> None:
         self._model = model
-        self._sigmas = [float(sigma) for sigma in sigmas]
+        self._sigmas: list[float] = sigmas.tolist()
         self._before_step = before_step
         self._steps = steps
         self._name = name
@@ -95,7 +95,7 @@ class _Steps:
         return getattr(self._model, name)
 
     def __call__(self, x: Tensor, sigma: Tensor, **kwargs: Any) -> Any:
-        if self._is_state(sigma) and self._steps(self._step):
+        if self._steps(self._step) and self._is_state(sigma):
             self._before_step(self._model, self._step, x, sigma, kwargs)
             self._changed = x
         return self._model(x, sigma, **kwargs)

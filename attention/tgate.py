@@ -359,7 +359,8 @@ class TGate:
     ) -> Any:
         run = host.run_state(model_options, KEY)
         if run is not None:
-            run.begin_evaluation(float(timestep.max()), x.shape)
+            sigma, model_options = host.read_sigma(timestep, model_options)
+            run.begin_evaluation(sigma, x.shape)
         return executor(x, timestep, model_options, seed)
 
     def calc_cond_batch(

@@ -212,6 +212,14 @@ def test_the_packs_own_time_is_a_part_of_the_run_and_nothing_without_it():
     assert plain == 0 and 0 < gated < 1000
 
 
+def test_a_step_reads_its_noise_level_once_for_all_nodes():
+    """On a GPU each read waits for all that was asked of it. Auto mode reads how far attention moved as well, until its gate."""
+    model = overhead.host_network(TINY)
+    plain = overhead.reads_per_step(lambda model: model, model, 5)
+    reads = {name: overhead.reads_per_step(apply, model, 5) - plain for name, apply in overhead.variants().items()}
+    assert reads == {name: pytest.approx(1, abs=1 if "auto" in name else 0) for name in reads}
+
+
 def test_what_t_gate_keeps_is_a_mean_for_every_token_and_layer():
     """SD1.5 at 128 px: the tokens of each layer times its channels, in half precision."""
     kept = cache.measure(cache.SHAPES["sd15"], 128, 5, sp_interval=1)

@@ -28,9 +28,9 @@ medians with the lowest and the highest. Below every title is the command that r
 """
 # In the page's order; what follows a hyphen tells two parts of one benchmark apart; {plots} is the page's own folder of pictures.
 PARTS: dict[str, Sequence[str]] = {
-    "tgate": ("--parts", "speed", "--size", "192"),
-    "tgate-sdxl": ("--parts", "speed", "--shape", "sdxl", "--steps", "5"),
-    "tgate-pixart": ("--parts", "speed", "--shape", "pixart"),
+    "tgate": ("--parts", "speed", "--size", "192", "--steps", "5"),
+    "tgate-sdxl": ("--parts", "speed", "--shape", "sdxl", "--size", "128", "--steps", "5"),
+    "tgate-pixart": ("--parts", "speed", "--shape", "pixart", "--steps", "5"),
     "pareto": ("--plot", "{plots}/pareto.svg"),
     "cache": (),
     "excite": ("--size", "256", "--steps", "10"),
