@@ -32,7 +32,6 @@ RUNS: dict[str, dict[str, Any] | None] = {
     "attention_grid 16": {"attention_grid": 16},
     "overlap 0.5": {**SHIPPED, "overlap": 0.5},
     "self_overlap 0.5": {**SHIPPED, "self_overlap": 0.5},
-    "both overlaps": {**SHIPPED, "overlap": 0.5, "self_overlap": 0.5},
     "divide-and-bind": {**SHIPPED, "loss": "divide-and-bind", "scale_factor": 1.0},
 }
 
