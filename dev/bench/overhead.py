@@ -4,8 +4,8 @@
 
 With attention taken away nothing but overhead would be left. So the network has SD1.5's layout, all its blocks and layers, but
 few channels and a latent of 8 x 8, and a profiler adds up the time spent in the pack's own lines (not in torch or the host that
-they call). That is compared with one step of the same layout at its real width. A value that Python reads from a tensor makes a GPU
-finish what it was given: those reads are counted, with the pack and without.
+they call). That is compared with one step of the same layout at its real width. A value that Python reads from a tensor makes it
+wait for the GPU: those reads are counted, with the pack and without.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def report(steps: list[int], step: float) -> str:
         rows.append((name, *(f"{milliseconds:.2f}" for milliseconds in found), f"{share:.3f} %", f"{reads:+.1f}"))
     header = ("node", *(f"ms a step, {count} steps" for count in steps), "of a real step", "more reads a step")
     explained = (
-        f"A step of the real network, {REAL_SIZE} px with guidance, takes {step:.2f} s here. Without the pack a step reads values of "
-        f"tensors {plain:.1f} times."
+        f"A step of the real network, {REAL_SIZE} px with guidance, takes {step:.2f} s here. Without the pack a step reads values "
+        f"of tensors {plain:.1f} times."
     )
     return f"{explained}\n\n{table(header, rows)}"
 
