@@ -105,8 +105,8 @@ def report(steps: list[int], step: float) -> str:
         rows.append((name, *(f"{milliseconds:.2f}" for milliseconds in found), f"{share:.3f} %", f"{reads:+.1f}"))
     header = ("node", *(f"ms a step, {count} steps" for count in steps), "of a real step", "more reads a step")
     explained = (
-        f"A step of the real network, {REAL_SIZE} px with guidance, takes {step:.2f} s here. Without the pack a step reads values "
-        f"of tensors {plain:.1f} times."
+        f"A step of the real network, {REAL_SIZE} px with guidance, takes {step:.2f} s here. Without the pack a step reads "
+        f"values of tensors {plain:.1f} times."
     )
     return f"{explained}\n\n{table(header, rows)}"
 
