@@ -137,7 +137,6 @@ class FrontEnd:
 
     def open_template(self, name: str) -> None:
         """Choose a template in the template browser, once its thumbnail is there."""
-        self.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         dialog = self.page.get_by_role("dialog")
         card = dialog.get_by_test_id(f"template-workflow-{name}")
         self._wait_for_thumbnail(name, dialog.get_by_placeholder("Search"), card)
@@ -145,16 +144,18 @@ class FrontEnd:
         dialog.wait_for(state="detached")
 
     def _wait_for_thumbnail(self, name: str, search: Locator, card: Locator) -> None:
-        """Search until the card shows its picture.
+        """Search until the card shows its picture, in a browser that is opened where there is none (or none any more).
 
         On a busy machine some front ends believe that a card which came into view has left it: they read the first of
         the observer's entries where the last one counts. When the card has gone and comes back, it looks again.
         """
         for _ in range(PATIENCE // GLANCE):
-            search.fill("qqxxzz")
-            card.wait_for(state="detached")
-            search.fill(name)
             with contextlib.suppress(PlaywrightTimeout):
+                if not search.count():
+                    self.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+                search.fill("qqxxzz", timeout=GLANCE)
+                card.wait_for(state="detached", timeout=GLANCE)
+                search.fill(name, timeout=GLANCE)
                 shown = card.locator("img:not([src*=default-template])").first.element_handle(timeout=GLANCE)
                 self.page.wait_for_function("(picture) => picture.naturalWidth > 0", arg=shown, timeout=GLANCE)
                 return
