@@ -22,7 +22,7 @@ from scenes import evaluate
 from scenes.evaluate import Prompt
 
 # What is compared: settings of the node; ``None`` is the plain run. The embedded model lays its objects out at 16 x 16, which is
-# half of its latent's side and not the quarter of the paper's rule, and of its two layers there only the decoder's tells which
+# half of its latent's side and not the quarter of the paper's rule, and of its two layers there the decoder's tells sooner which
 # subject will be missing.
 SHIPPED: dict[str, Any] = {"attention_grid": 16, "layers": "output"}
 RUNS: dict[str, dict[str, Any] | None] = {
