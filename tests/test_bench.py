@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import math
 import re
@@ -9,9 +10,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from bench import cache, distill, dit, excite, maps, overhead, page, pareto, scaling
+from bench import cache, distill, dit, excite, maps, overhead, page, pareto, scaling, tgate
 from bench.memory import AllocatedMemory, HeldTensors, bytes_of
-from bench.models import TINY
+from bench.models import CPU, TINY
 from environment import DEV
 
 pytestmark = pytest.mark.newest
@@ -196,6 +197,15 @@ def test_both_sides_of_the_dit_benchmark_do_the_same_work():
     pytest.importorskip("diffusers")
     written = dit.report(dit.TINY, 64, 2, 1)
     assert all(f"| {side} |" in written for side in (dit.OURS, dit.GATED, dit.THEIRS))
+
+
+def test_both_sides_of_the_t_gate_benchmark_do_the_same_work():
+    """Else it refuses to go on: our 'as published' is the published schedule in diffusers."""
+    pytest.importorskip("diffusers")
+    shared = {"shape": "sd15", "tiny": True, "size": 128, "steps": 5, "embedded_steps": 5, "repeats": 1, "peer": []}
+    args = argparse.Namespace(**shared, target=CPU)
+    written = tgate.speed_of(tgate.networks(args)[0], args)
+    assert all(f"| {side} |" in written for side in (tgate.PLAIN, tgate.AS_PUBLISHED, tgate.THEIR_PLAIN, tgate.THEIR_GATE))
 
 
 def test_dit_sides_that_differ_are_not_compared(monkeypatch):

@@ -19,7 +19,7 @@ from host_inprocess import load_pack, pack_nodes
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench.measure import add_run_arguments, machine, publish, ratios, start, table, take_turns
+from bench.measure import add_run_arguments, machine, publish, ratios, require_same, start, table, take_turns
 from bench.models import Target, random_tensor
 
 CFG, GUIDED, NULL_CLASS, LABEL = 4.0, 3, 1000, 207
@@ -106,10 +106,7 @@ def runs(layout: dict[str, int], size: int, steps: int) -> dict[str, Callable[[]
         GATED: our_run(gated, sigmas, noise),
         THEIRS: their_run(network, sigmas, timesteps, noise),
     }
-    ours, theirs = found[OURS](), found[THEIRS]()
-    difference = float((ours - theirs).abs().max() / theirs.abs().max())
-    if not difference <= SAME:
-        raise SystemExit(f"The two sides end {difference:.1e} apart, so their times cannot be compared.")
+    require_same("The two sides", found[OURS](), found[THEIRS](), SAME)
     return found
 
 

@@ -128,6 +128,13 @@ class ResidentMemory:
             self.peak = max(self.peak, self._process.memory_info().rss - self._start)
 
 
+def require_same(names: str, ours: torch.Tensor, theirs: torch.Tensor, at_most: float) -> None:
+    """Two latents, but for so much of the largest value; else the benchmark ends, as it would compare different work."""
+    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not difference <= at_most:
+        raise SystemExit(f"{names} end {difference:.1e} apart, so their times cannot be compared.")
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 TOKENS = 77
+CFG = 7.5
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -177,19 +178,22 @@ def random_tensor(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def inputs_of_a_run(latent: Tensor, context: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise, positive and negative prompt, the same in every run."""
+    return random_tensor(0, *latent.shape), random_tensor(1, 1, TOKENS, context), random_tensor(2, 1, TOKENS, context)
+
+
 def sampler(model: Any, steps: int, latent: Tensor, context: int, pooled: int = 0) -> Callable[[], Tensor]:
     """One sampling run with fixed noise and prompts."""
     import comfy.sample
 
-    noise, positive, negative = (
-        random_tensor(seed, *shape) for seed, shape in enumerate((latent.shape, (1, TOKENS, context), (1, TOKENS, context)))
-    )
+    noise, positive, negative = inputs_of_a_run(latent, context)
     told = {"pooled_output": random_tensor(3, 1, pooled)} if pooled else {}
 
     def run() -> Tensor:
         with torch.inference_mode():
             return comfy.sample.sample(
-                model, noise, steps, 7.5, "euler", "normal", [[positive, {**told}]], [[negative, {**told}]], latent,
+                model, noise, steps, CFG, "euler", "normal", [[positive, {**told}]], [[negative, {**told}]], latent,
                 seed=0, disable_pbar=True,
             )  # fmt: skip
 

@@ -7,14 +7,16 @@ gate, and the negative prompt alone after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-GATE_AT, INTERVAL, WARM_UP, CFG = 0.4, 5, 2, 7.5
+from bench.models import CFG
+
+GATE_AT, INTERVAL, WARM_UP = 0.4, 5, 2
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Processor:
 
 
 def run_of(
-    unet: Any, sampling: Any, sigmas: Tensor, noise: Tensor, prompts: tuple[Tensor, Tensor], gated: bool
+    unet: Any, sampling: Any, sigmas: Tensor, noise: Tensor, prompts: Sequence[Tensor], gated: bool
 ) -> Callable[[], Tensor]:
     """Euler's steps with guidance by ``prompts`` (positive, negative), down the host's sigmas.
 
