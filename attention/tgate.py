@@ -8,6 +8,11 @@ be reused within intervals. Step G-1 stores the output of every attention module
 residual sum. From G on (fidelity improving) cross-attention is the stored output: the module is not called at all. The
 negative prompt is no longer computed either, so the stored value is the mean of the positive and the negative one.
 
+Two things are not the paper's. Where the positive prompt is kept, self-attention within intervals is stored as the mean of
+both prompts as well: half of the memory, and as near to the plain picture. And the gate can be opened again every so many
+steps (``refresh_every``): such a step computes and stores everything anew, and until the next one the difference between
+the two prompts' noise predictions is kept as it was then, so that guidance goes on.
+
 Nothing is kept on the model: a run's state (``TGateRun``) is made when sampling starts and emptied when it ends, and
 modules get another ``forward`` only for the length of one model call.
 """
@@ -64,7 +69,9 @@ class TGateSettings:
         fi_interval: the same from the gate on.
         warm_up: steps at the start in which self-attention is always computed.
         positive_share: how much of the positive prompt's attention is in what the gate stores, the rest being the negative's:
-            0.5 is the mean, as published; 1 the positive alone; above 1 away from the negative. Only where one is dropped.
+            0.5 is the mean, as published; 1 the positive alone; above 1 away from the negative. Only where one is dropped, and
+            not where guidance is kept: then it is the kept prompt's own.
+        refresh_every: from the gate on, every so many steps are computed in full; 0: none, as published.
         tolerance: auto mode only; the gate opens once cross-attention changes by less than this from one step to the
             next (relative L2 norm over all modules), and by less than half of the run's largest change.
     """
@@ -78,6 +85,7 @@ class TGateSettings:
     tolerance: float = 0.05
     cache_device: CacheDevice = CacheDevice.AUTO
     positive_share: float = 0.5
+    refresh_every: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.gate_at <= 1:
@@ -95,12 +103,30 @@ class TGateSettings:
                 f"positive_share is {self.positive_share:g}: use 0.5 (the mean of both prompts, as published), 1 (the positive "
                 f"prompt alone), or at most {MAX_SHARE:g}."
             )
+        if self.refresh_every < 0 or self.refresh_every == 1:
+            raise ValueError(
+                f"refresh_every is {self.refresh_every}: use 0 (never), or 2 or more steps from one full step to the next. "
+                "(1 would compute everything: for that, set gate_at to 1.)"
+            )
         if self.mode is Mode.AUTO and not self.tolerance > 0:
             raise ValueError(f"tolerance is {self.tolerance:g}: auto mode needs more than 0 (0.05 is a good start).")
 
     @property
     def drops_cfg(self) -> bool:
         return self.cfg_after_gate is not CfgAfterGate.KEEP
+
+    @property
+    def keeps_guidance(self) -> bool:
+        return self.drops_cfg and self.refresh_every > 0
+
+    @property
+    def averages_self_attention(self) -> bool:
+        """Whether intervals before the gate keep one mean for both prompts, where there is one of each."""
+        return self.cfg_after_gate is CfgAfterGate.DROP_KEEP_POSITIVE and not self.keeps_guidance
+
+    def refreshes(self, steps_since_gate: int) -> bool:
+        """Whether a step at or after the gate is computed in full again."""
+        return self.refresh_every > 0 and (steps_since_gate + 1) % self.refresh_every == 0
 
     def gate_step(self, steps: int) -> int:
         """The first step that reuses cross-attention; at least 1, since one step has to fill the cache."""
@@ -242,12 +268,14 @@ class TGateRun:
         self.awaits_main_call = False  # the next batch of conds is the sampler's own
         self.call: MainCall | None = None  # that batch, while it runs
         self.stored_means: bool | None = None  # what the cross-attention cache holds since the gate; None: nothing yet
+        self.guidance: Guidance | None = None  # of the last step that computed both prompts, where it is kept
         self.stopped = False
 
         self.change = ConvergenceMeter()
         self.changes: dict[int, float] = {}
         self.reused: dict[Kind, set[int]] = {"self": set(), "cross": set()}
         self.dropped: set[int] = set()
+        self.refreshed: set[int] = set()
         self.notes: dict[str, None] = {}
         self._sites: dict[int, list[AttentionSite]] = {}
 
@@ -274,9 +302,11 @@ class TGateRun:
         self.note(f"switched off in this run: {reason}")
         self.stopped = True
         self.cache.clear()
+        self.guidance = None
 
     def release(self) -> None:
         self.cache.clear()
+        self.guidance = None
         self.change.clear()
         self._sites.clear()
         self.call = None
@@ -287,9 +317,31 @@ class TGateRun:
         text += f", negative prompt skipped in {len(self.dropped)}"
         if self.reused["self"]:
             text += f", self-attention reused in {len(self.reused['self'])}"
+        if self.refreshed:
+            text += f", all computed again in {len(self.refreshed)}"
         if self.settings.mode is Mode.AUTO:
             text += f", gate opened at step {self.gate}"
         return "; ".join([text, *self.notes])
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the positive prompt's prediction of the picture differed from the negative's, (batch, channels, ...), at ``sigma``.
+
+    A prediction of the picture is x - sigma * (prediction of the noise), so the noise's difference is this over sigma.
+    """
+
+    difference: torch.Tensor
+    sigma: torch.Tensor
+
+    @classmethod
+    def between(cls, outputs: list[torch.Tensor], sigma: torch.Tensor) -> Guidance:
+        return cls(outputs[POSITIVE] - outputs[NEGATIVE], sigma)
+
+    def at(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The difference at another noise level, if that of the noise is the same."""
+        share = sigma / self.sigma.clamp(min=torch.finfo(self.sigma.dtype).tiny)
+        return self.difference * share.view(-1, *(1,) * (self.difference.ndim - 1)).to(self.difference.dtype)
 
 
 @dataclass
@@ -378,13 +430,14 @@ class TGate:
         def evaluate(wanted: list[Any]) -> list[torch.Tensor]:
             return executor(model, wanted, x, timestep, model_options)
 
-        return self._main_call(run, model, conds, model_options, evaluate)
+        return self._main_call(run, model, conds, timestep, model_options, evaluate)
 
     def _main_call(
         self,
         run: TGateRun,
         model: Any,
         conds: list[Any],
+        sigma: torch.Tensor,
         options: ModelOptions,
         evaluate: Callable[[list[Any]], list[torch.Tensor]],
     ) -> list[torch.Tensor]:
@@ -394,16 +447,19 @@ class TGate:
         pair = _only_pair(conds) if may_drop and text_is_reused else None
         if not text_is_reused:
             run.note(_why_no_text_cache(model, sites, run.settings))
+        keeps_guidance = may_drop and run.settings.keeps_guidance
+        refresh = run.step >= run.gate and run.settings.refreshes(run.step - run.gate)
+        # A sampler may jump over the step that stores (dpm_fast): then the first evaluation beyond it stores.
+        opened = run.step >= run.gate and not refresh and (run.guidance is not None or not keeps_guidance)
         if sites:
-            # A sampler may jump over the step that stores (dpm_fast): then the first evaluation beyond it stores.
-            opened = run.step >= run.gate and run.stored_means is (pair is not None)
+            opened = opened and run.stored_means is (pair is not None)
             step = run.step if opened else min(run.step, run.gate - 1)
             step_plan = plan(step, run.gate, run.settings)
         else:
-            opened = run.step >= run.gate
             step_plan = StepPlan(Action.COMPUTE, Action.COMPUTE)
-        if step_plan.cross_attention is Action.STORE:
-            run.cache.begin_store([site for site in sites if step_plan.action(site.kind) is Action.STORE])
+        storing = [site for site in sites if step_plan.action(site.kind) is Action.STORE]
+        if storing:
+            run.cache.begin_store(storing)
         if step_plan.self_attention is Action.COMPUTE:  # what was kept of it is of no more use
             run.cache.forget([site for site in sites if site.kind == "self"])
 
@@ -411,12 +467,15 @@ class TGate:
         try:
             if not (opened and may_drop):
                 outputs = evaluate(conds)
+                if keeps_guidance and run.step >= run.gate - 1:
+                    run.guidance = Guidance.between(outputs, sigma)
             else:
-                # Guidance between equal predictions is the identity, for any scale and for every node that works on both.
                 kept = self._kept_prompt(run, pair, text_is_reused)
-                only = evaluate([cond if index == kept else None for index, cond in enumerate(conds)])
-                outputs = [only[kept], only[kept]]
+                only = evaluate([cond if index == kept else None for index, cond in enumerate(conds)])[kept]
+                outputs = self._both_prompts(run, only, kept, sigma)
                 run.dropped.add(run.step)
+            if refresh:
+                run.refreshed.add(run.step)
         finally:
             run.call = None
         if not run.stopped:
@@ -426,6 +485,18 @@ class TGate:
                 run.cache_peak_bytes = max(run.cache_peak_bytes, run.cache.bytes)
             self._watch_convergence(run)
         return outputs
+
+    @staticmethod
+    def _both_prompts(run: TGateRun, only: torch.Tensor, kept: int, sigma: torch.Tensor) -> list[torch.Tensor]:
+        """Predictions of both prompts from that of one.
+
+        Without kept guidance they are equal: guidance between them is then the identity, for any scale and for every node
+        that works on both.
+        """
+        if run.guidance is None:
+            return [only, only]
+        difference = run.guidance.at(sigma)
+        return [only, only - difference] if kept == POSITIVE else [only + difference, only]
 
     def _may_drop(self, run: TGateRun, conds: list[Any], options: ModelOptions) -> bool:
         if not run.settings.drops_cfg:
@@ -562,8 +633,9 @@ def _store(
     site: AttentionSite, run: TGateRun, call: MainCall, uuids: list[UUID], options: TransformerOptions, batch: int
 ) -> Callable[..., None]:
     """A hook that keeps what the module's last layer returns; it also fires where another pack replaced the attention."""
-    mean = call.pair is not None and call.plan.cross_attention is Action.STORE
-    shares = [_share_of(uuid, call.pair, run.settings) for uuid in uuids] if call.pair is not None else []
+    opening, planning = (call.plan.cross_attention is action for action in (Action.STORE, Action.COMPUTE))
+    mean = call.pair is not None and (opening or planning and run.settings.averages_self_attention)
+    shares = [_share_of(uuid, call.pair, run.settings) if opening else 0.5 for uuid in uuids] if call.pair is not None else []
     resized = site.kind == "cross" and host.has_input_patches(options, "attn2")
 
     def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -581,6 +653,9 @@ def _store(
 
 def _share_of(uuid: UUID, pair: tuple[UUID, UUID], settings: TGateSettings) -> float:
     """Of one of the two prompts in what the gate stores."""
+    if settings.keeps_guidance:
+        kept = NEGATIVE if settings.cfg_after_gate is CfgAfterGate.DROP_KEEP_NEGATIVE else POSITIVE
+        return float(uuid == pair[kept])
     return settings.positive_share if uuid == pair[POSITIVE] else 1 - settings.positive_share
 
 

@@ -158,6 +158,11 @@ def test_plan_is_the_published_table(pack):
         (4, {"sp_interval": 1, "positive_share": 1.0}),
         (5, {"sp_interval": 2, "positive_share": 2.0}),
         (4, {"sp_interval": 1, "positive_share": 0.0}),
+        (4, {"sp_interval": 1, "refresh_every": 3}),
+        (4, {"sp_interval": 1, "refresh_every": 2, "positive_share": 0.0}),
+        (3, {"sp_interval": 2, "fi_interval": 2, "refresh_every": 4}),
+        (1, {"sp_interval": 1, "refresh_every": 2}),
+        (4, {"sp_interval": 1, "refresh_every": 3, "cfg_after_gate": "keep"}),
     ],
 )
 def test_equals_the_plain_reference(tgate, gate, settings):
@@ -169,11 +174,34 @@ def test_equals_the_plain_reference(tgate, gate, settings):
         warm_up=settings.get("warm_up", 2),
         drop=settings.get("cfg_after_gate") != "keep",
         share=settings.get("positive_share", 0.5),
+        refresh=settings.get("refresh_every", 0),
     )
     expected = sample(reference.apply(model))
     result = sample(tgate(model, gate_at=gate / 10, **settings))
     assert_same_picture(result, expected)
     assert relative_difference(result, sample(model)) > 1e-4  # the schedule shows in the picture
+
+
+@pytest.mark.parametrize("kept", ["drop (keep positive)", AS_PUBLISHED, "keep"])
+def test_the_more_full_steps_after_the_gate_the_nearer_to_the_plain_picture(tgate, kept):
+    model = small_model()
+    plain = sample(model)
+    never, third, second = (
+        (sample(tgate(model, gate_at=0.4, sp_interval=1, cfg_after_gate=kept, refresh_every=every)) - plain).norm()
+        for every in (0, 3, 2)
+    )
+    assert second < third < never and second < 0.5 * never
+
+
+def test_full_steps_after_the_gate_are_as_many_as_they_say(tgate, caplog):
+    caplog.set_level("INFO", logger="fovea")
+    model = small_model()
+    counter = CallCounter(model)
+    sample(tgate(model, gate_at=0.4, sp_interval=1, refresh_every=3), steps=10, callback=counter.next_step)
+    blocks = len(attention_blocks(model))
+    assert counter.computed("attn2", 10) == [blocks] * 4 + [0, 0, blocks, 0, 0, blocks]
+    assert [counter.batches[step] for step in range(10)] == [2] * 4 + [1, 1, 2, 1, 1, 2]
+    assert "cross-attention reused in 4 of 10 steps, negative prompt skipped in 4, all computed again in 2" in caplog.text
 
 
 def test_off_is_bit_equal_to_no_node(tgate):
@@ -298,6 +326,8 @@ def test_auto_waits_until_attention_settles(pack, monkeypatch, changes, gate):
         ({"mode": "auto", "tolerance": 0.0}, "tolerance is 0"),
         ({"positive_share": -0.1}, "positive_share is -0.1"),
         ({"positive_share": 3.5}, "positive_share is 3.5"),
+        ({"refresh_every": -1}, "refresh_every is -1"),
+        ({"refresh_every": 1}, "refresh_every is 1: use 0"),
     ],
 )
 def test_bad_values_are_named_with_what_to_do(tgate, settings, message):

@@ -49,15 +49,21 @@ def reference_picture(family: Family, model, **schedule):
 
 @pytest.mark.newest
 @separate
-@pytest.mark.parametrize("settings", [{"sp_interval": 1}, {"sp_interval": 2, "fi_interval": 2, "warm_up": 0}], ids=["v1", "v2"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"sp_interval": 1}, {"sp_interval": 2, "fi_interval": 2, "warm_up": 0}, {"sp_interval": 1, "refresh_every": 3}],
+    ids=["v1", "v2", "refreshed"],
+)
 def test_separate_cross_attention_is_reused(tgate, caplog, family, settings):
     caplog.set_level("INFO", logger="fovea")
     model = family.build()
     result = sample(family, tgate(model, **settings), steps=STEPS)
     schedule = {"sp": settings["sp_interval"], "fi": settings.get("fi_interval", 1), "warm_up": settings.get("warm_up", 2)}
+    schedule["refresh"] = settings.get("refresh_every", 0)
     assert_same_picture(result, reference_picture(family, model, **schedule))
     assert relative_difference(result, sample(family, model, steps=STEPS)) > 1e-4
-    assert f"cross-attention reused in {STEPS - GATE} of {STEPS} steps, negative prompt skipped in {STEPS - GATE}" in caplog.text
+    reused = STEPS - GATE - bool(schedule["refresh"])
+    assert f"cross-attention reused in {reused} of {STEPS} steps, negative prompt skipped in {reused}" in caplog.text
 
 
 @separate
@@ -109,14 +115,16 @@ def _kinds(family: Family, model) -> list[str]:
 
 @pytest.mark.newest
 @joint
-def test_joint_attention_only_loses_the_negative_prompt(tgate, caplog, family):
+@pytest.mark.parametrize("refresh", [0, 3])
+def test_joint_attention_only_loses_the_negative_prompt(tgate, caplog, family, refresh):
     caplog.set_level("INFO", logger="fovea")
     model = family.build()
     # One prompt a call on both sides: deep networks turn the rounding of another batch size into a visible difference.
     model.model.memory_required = lambda *args, **kwargs: float("inf")
-    result = sample(family, tgate(model), steps=STEPS)
-    assert_same_picture(result, reference_picture(family, model))
-    assert f"cross-attention reused in 0 of {STEPS} steps, negative prompt skipped in {STEPS - GATE}" in caplog.text
+    result = sample(family, tgate(model, refresh_every=refresh), steps=STEPS)
+    assert_same_picture(result, reference_picture(family, model, refresh=refresh))
+    skipped = STEPS - GATE - bool(refresh)
+    assert f"cross-attention reused in 0 of {STEPS} steps, negative prompt skipped in {skipped}" in caplog.text
     assert "has no separate cross-attention" in caplog.text
 
 

@@ -41,6 +41,13 @@ def test_every_sampler_equals_the_reference(node_classes, caplog, model, sampler
         assert f"negative prompt skipped in {STEPS - GATE}" in caplog.text
 
 
+@pytest.mark.newest
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "dpmpp_sde", "dpm_2", "lcm"])
+def test_full_steps_after_the_gate_under_samplers_that_call_more_than_once(node_classes, model, sampler):
+    result = sample(gated_model(node_classes, model, refresh_every=3), steps=STEPS, sampler=sampler)
+    assert_same_picture(result, sample(Reference(GATE, refresh=3).apply(model), steps=STEPS, sampler=sampler))
+
+
 @pytest.mark.parametrize("sampler", sorted(ADAPTIVE | JUMPS))
 def test_samplers_that_jump_still_store_before_they_reuse(node_classes, caplog, model, sampler):
     caplog.set_level("INFO", logger="fovea")

@@ -21,10 +21,12 @@ class Reference:
     warm_up: int = 2
     drop: bool = True
     share: float = 0.5  # of the positive prompt in that
-    mean: bool = True  # one positive and one negative prompt: their mean is what the gate stores
+    mean: bool = True  # one positive and one negative prompt: their mean is what is stored, at the gate and for intervals before
+    refresh: int = 0  # every so many steps from the gate on are computed in full; guidance is kept in between
 
     stored: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
     kinds: dict[Any, int] = field(default_factory=dict)  # cond uuid -> 0 positive, 1 negative
+    guidance: torch.Tensor | None = None  # difference of the two noise predictions
 
     def apply(self, model: ModelPatcher) -> ModelPatcher:
         patched = model.clone()
@@ -37,11 +39,17 @@ class Reference:
     def _step(self, sigma: torch.Tensor, sigmas: torch.Tensor) -> int:
         return max(int((sigmas[:-1] * 1.0001 >= sigma.max()).sum()) - 1, 0)
 
+    def _is_full(self, step: int) -> bool:
+        return step < self.gate or bool(self.refresh) and (step - self.gate) % self.refresh == self.refresh - 1
+
     def _guidance(self, args: dict[str, Any]) -> torch.Tensor:
+        """The cfg function: what it is given and returns is x minus a prediction, which is sigma times the noise's."""
         step = self._step(args["sigma"], args["model_options"]["transformer_options"]["sample_sigmas"])
-        if step >= self.gate:
-            return args["cond"]
-        return args["uncond"] + (args["cond"] - args["uncond"]) * args["cond_scale"]
+        sigma = args["sigma"].view(-1, *(1,) * (args["cond"].ndim - 1))
+        if self._is_full(step):
+            self.guidance = (args["cond"] - args["uncond"]) / sigma
+            return args["uncond"] + (args["cond"] - args["uncond"]) * args["cond_scale"]
+        return args["cond"] + (args["cond_scale"] - 1) * self.guidance * sigma if self.refresh else args["cond"]
 
     def _attention(self, out: torch.Tensor, extra: dict[str, Any], kind: str) -> torch.Tensor:
         step = self._step(extra["sigmas"], extra["sample_sigmas"])
@@ -54,18 +62,21 @@ class Reference:
         kind = place[0]
         if step < self.gate - 1:
             reuse = kind == "self" and step > self.warm_up and step % self.sp != 0
-        elif step == self.gate - 1:
+        elif step == self.gate - 1 or self._is_full(step):
             reuse = False
         else:
             reuse = kind == "cross" or step % self.fi != 0
         if reuse and (place, uuid) in self.stored:
             gated = step >= self.gate and (kind == "cross" or (place, uuid, "refreshed") not in self.stored)
-            if gated and self.mean and self.drop and len(self.kinds) == 2:
-                shares = {one: 1 - self.share if kind else self.share for one, kind in self.kinds.items()}
+            averaged = step < self.gate and not self.refresh
+            if (gated or averaged) and self.mean and self.drop and len(self.kinds) == 2:
+                share = 0.5 if step < self.gate else 1.0 if self.refresh else self.share
+                shares = {one: 1 - share if kind else share for one, kind in self.kinds.items()}
                 return sum(self.stored[place, one] * share for one, share in shares.items())
             return self.stored[place, uuid]
         self.stored[place, uuid] = out.clone()
-        if step >= self.gate:
+        self.stored.pop((place, uuid, "refreshed"), None)
+        if step >= self.gate and not self._is_full(step):
             self.stored[place, uuid, "refreshed"] = out
         return out
 
@@ -105,7 +116,12 @@ class ModuleReference(Reference):
     def _guided(self, args: dict[str, Any]) -> torch.Tensor:
         """On the prediction itself: a cfg function works on x minus it, and subtracting twice costs digits at large sigma."""
         step = self._step(args["sigma"], args["model_options"]["transformer_options"]["sample_sigmas"])
-        return args["cond_denoised"] if step >= self.gate else args["denoised"]
+        sigma = args["sigma"].view(-1, *(1,) * (args["denoised"].ndim - 1))
+        if self._is_full(step):
+            self.guidance = (args["cond_denoised"] - args["uncond_denoised"]) / sigma
+            return args["denoised"]
+        change = (args["cond_scale"] - 1) * self.guidance * sigma if self.refresh else 0
+        return args["cond_denoised"] + change
 
     def _note_call(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         self.extra = args[5]
