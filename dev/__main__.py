@@ -25,7 +25,7 @@ import suite
 from stages import SetupError
 
 INSIDE = "FOVEA_INSIDE"
-_SHARED_BY_BENCHMARKS = {"__init__", "measure", "memory", "models", "similarity", "daam_worker", "tgate_diffusers"}
+_SHARED_BY_BENCHMARKS = {"__init__", "measure", "memory", "models", "peers", "similarity", "daam_worker", "tgate_diffusers"}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from bench import cache, distill, dit, excite, maps, overhead, page, pareto, scaling, tgate
+from bench import cache, distill, dit, excite, gradient, maps, overhead, page, pareto, peers, profile, scaling, tgate
 from bench.memory import AllocatedMemory, HeldTensors, bytes_of
 from bench.models import CPU, TINY
 from environment import DEV
@@ -208,9 +208,76 @@ def test_both_sides_of_the_t_gate_benchmark_do_the_same_work():
     assert all(f"| {side} |" in written for side in (tgate.PLAIN, tgate.AS_PUBLISHED, tgate.THEIR_PLAIN, tgate.THEIR_GATE))
 
 
+@pytest.mark.parametrize("name", tgate.SHAPES)
+def test_both_sides_of_the_gradient_benchmark_find_the_same(name):
+    """Else it refuses to go on; and ours hold less."""
+    shape = tgate.tiny(tgate.SHAPES[name])
+    model = tgate.host_network(shape)
+    for loss in (gradient.WORDS, gradient.STYLE):
+        sides = gradient.Sides(model, shape, tgate.PIXART_AT_LEAST if name == "pixart" else 128, loss, CPU)
+        sides.require_the_same()
+        assert all(found.abs().max() > 0 for found in sides.found.values())
+        (low, _), (fast, _), (plain, _) = (sides.peaks()[side] for side in (gradient.LOW, gradient.FAST, gradient.PLAIN))
+        assert 0 < low <= fast < plain
+
+
+def test_a_profile_counts_each_operation_once_and_what_is_read():
+    weight, picture = torch.randn(8, 8, 3, 3), torch.randn(1, 8, 16, 16)
+    found = profile.profile_of(lambda: float(torch.conv2d(picture, weight).sum()) + torch.zeros(2)[0].item(), CPU)
+    assert found.reads == 2
+    assert found.kinds["convolutions"] > 0 == found.kinds["attention"]
+    assert sum(found.kinds.values()) < 1
+    assert "| values read | 2 |" in profile.profiles_table({"one": found})
+
+
+PACK = """
+class Gate:
+    RETURN_TYPES, FUNCTION = ("MODEL",), "apply"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "start_at": ("FLOAT", {"default": 0.5}), "rate": ("INT", {"default": 3})}}
+
+    def apply(self, model, start_at, rate):
+        return ((model, start_at, rate),)
+
+
+class Sampler:
+    RETURN_TYPES, FUNCTION = ("LATENT", "HEATMAP"), "sample"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        names = ("model", "positive", "negative", "latent_image")
+        return {"required": {name: (name.upper(),) for name in names}, "hidden": {"graph": "PROMPT", "own": "UNIQUE_ID"}}
+
+    def sample(self, graph, own, **inputs):
+        return [own, index] if (index := 1) in [used[1] for node in graph.values() for used in node["inputs"].values()] else None
+
+
+NODE_CLASS_MAPPINGS = {"old": Gate, "gate": Gate, "sampler": Sampler}
+NODE_DISPLAY_NAME_MAPPINGS = {"old": "Gate (deprecated)"}
+"""
+
+
+def test_another_pack_is_known_by_what_its_nodes_do(tmp_path, capsys):
+    (tmp_path / "__init__.py").write_text(PACK, encoding="utf-8")
+    named = [f"Other={tmp_path}"]
+
+    class Model:
+        def clone(self):
+            return "a clone"
+
+    assert tgate.peers(named)["Other"](Model()) == ("a clone", 0.4, 3)
+    sampler = maps.peers(named)["Other"]
+    assert peers.call(sampler) == ["1", 1]  # its second output is told to be in use
+    assert dit.peers(named) == {} and "has no DiT nodes" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="not a folder of nodes"):
+        tgate.peers([f"Other={tmp_path / 'nothing'}"])
+
+
 def test_dit_sides_that_differ_are_not_compared(monkeypatch):
     pytest.importorskip("diffusers")
-    monkeypatch.setattr(dit, "GUIDED", 4)
+    monkeypatch.setattr(dit, "NULL_CLASS", 0)  # theirs alone
     with pytest.raises(SystemExit, match="cannot be compared"):
         dit.runs(dit.TINY, 64, 2)
 
@@ -235,9 +302,9 @@ def test_what_t_gate_keeps_is_a_mean_for_every_token_and_layer():
     kept = cache.measure(cache.SHAPES["sd15"], 128, 5, sp_interval=1)
     tokens_times_channels = 5 * (256 * 320 + 64 * 640 + 16 * 1280) + 4 * 1280
     assert kept.peak == kept.after_gate == 2 * tokens_times_channels
-    with_intervals = cache.measure(cache.SHAPES["sd15"], 128, 10)
-    assert with_intervals.after_gate == kept.peak
-    assert with_intervals.peak == 2 * kept.peak  # self-attention of both prompts, until the gate stores
+    assert cache.measure(cache.SHAPES["sd15"], 128, 10) == kept  # intervals: a mean of self-attention, until the gate stores
+    of_both = cache.measure(cache.SHAPES["sd15"], 128, 10, cfg_after_gate="drop (keep negative, as published)")
+    assert of_both.after_gate == kept.peak and of_both.peak == 2 * kept.peak
     smaller = cache.measure(cache.SHAPES["sdxl"], 512, 5, smaller=2, sp_interval=1)
     assert smaller == cache.measure(cache.SHAPES["sdxl"], 512, 5, sp_interval=1)
 

@@ -25,6 +25,8 @@ HALF = 2  # bytes of a number
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "v1 (sp_interval 1)": {"sp_interval": 1},
+    "as published": {"cfg_after_gate": "drop (keep negative, as published)"},
+    "refresh_every 3": {"refresh_every": 3},
     "cfg kept": {"cfg_after_gate": "keep"},
     "fi_interval 2": {"fi_interval": 2},
 }

@@ -23,15 +23,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from host_inprocess import ROOT, load_pack, pack_nodes, start_host
+from host_inprocess import ROOT, load_pack, pack_nodes
 from torch import Tensor
 
-from bench.measure import Timings, machine, now, publish, ratios, table, take_turns
+from bench.measure import Timings, add_run_arguments, machine, now, publish, ratios, start, table, take_turns
 from bench.memory import AllocatedMemory, HeldTensors
 from bench.models import CPU, SD15, TINY, TOKENS, Shape, Target, add_dtype_argument, host_network, random_tensor
 
@@ -308,18 +307,12 @@ def main(argv: list[str] | None = None) -> None:
     add_dtype_argument(parser)
     parser.add_argument("--iterations", type=int, default=3, help="after each step (published: 3)")
     parser.add_argument("--pairs", type=int, default=3, help="counted turns of all variants")
-    parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--tiny", action="store_true", help="a tiny network and a small picture, to try the benchmark itself")
-    parser.add_argument("--out", type=Path, help="write the report here as well")
+    add_run_arguments(parser)
     args = parser.parse_args(argv)
     if args.size and args.size % 64:
         parser.error(f"--size {args.size}: the network halves the latent three times, so use a multiple of 64")
-    start_host()
-    import comfy.utils
-
-    comfy.utils.set_progress_bar_enabled(False)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    start(args)
     target = Target.here(args.dtype)
     shape, size, steps = (TINY, 128, 4) if args.tiny else (SD15, 512, 6) if target.on_gpu else (SD15, 256, 4)
     written = report(Case(shape, args.size or size, args.steps or steps, args.iterations), args.pairs, target)

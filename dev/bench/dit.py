@@ -1,16 +1,18 @@
 """DiT: time beside diffusers' DiTTransformer2DModel with the same weights.
 
-    python dev bench dit [--size PX] [--steps N] [--pairs N] [--threads N] [--tiny] [--out FILE]
+    python dev bench dit [--size PX] [--steps N] [--pairs N] [--threads N] [--peer NAME=PATH] [--tiny] [--out FILE]
 
-A network in DiT-XL/2's shape with random weights is written in diffusers' layout and loaded by our node. Both sides sample with
-classifier-free guidance of the first three channels, the same noise and labels, down the same sigmas with Euler's steps (DDIM).
+A network in DiT-XL/2's shape with random weights is written in diffusers' layout and loaded by our node. All sides sample with
+classifier-free guidance of all channels, as diffusers' pipeline does, the same noise and labels, down the same sigmas with
+Euler's steps (DDIM). ``--peer`` adds another node pack's DiT, loaded from the same weights in the authors' layout.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ from torch import Tensor
 
 from bench.measure import add_run_arguments, machine, publish, ratios, require_same, start, table, take_turns
 from bench.models import Target, random_tensor
+from bench.peers import NodeClass, add_peer_argument, call, choices_of, inputs_of, of_each_pack
 
-CFG, GUIDED, NULL_CLASS, LABEL = 4.0, 3, 1000, 207
+CFG, GUIDED, NULL_CLASS, LABEL = 4.0, 4, 1000, 207
 OURS, GATED, THEIRS = "ours", "ours, T-GATE Cache", "diffusers"
 SAME = 1e-4
+SIZE_NAME = "XL/2"
 XL = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28}
 TINY = {"num_attention_heads": 2, "attention_head_dim": 64, "num_layers": 3}
 
@@ -53,7 +57,44 @@ def loaded(network: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder, "dit.safetensors"))
         save_file({name: tensor.clone() for name, tensor in network.state_dict().items()}, path)
-        return load_dit(path)
+        return load_dit(path, cfg_channels=GUIDED)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another pack's nodes: a checkpoint's MODEL, the CONDITIONING of a class, and that of none."""
+
+    loader: NodeClass
+    label: NodeClass
+    null: NodeClass
+
+    @classmethod
+    def among(cls, nodes: list[NodeClass]) -> Peer | None:
+        loader = next(
+            (node for node in nodes if SIZE_NAME in choices_of(node, "model") and "image_size" in inputs_of(node)), None
+        )
+        label = next((node for node in nodes if {*inputs_of(node)} == {"model", "label_name"}), None)
+        null = next((node for node in nodes if {*inputs_of(node)} == {"model"} and "Empty" in node.__name__), None)
+        return cls(loader, label, null) if loader and label and null else None
+
+    def run(self, ours: Any, size: int, sigmas: Tensor, noise: Tensor) -> Callable[[], Tensor]:
+        """The weights of our model through the pack's loader, from a file in the authors' layout."""
+        import folder_paths
+        from fovea_attention.attention.dit import position_table
+
+        side, network = size // 16, ours.model.diffusion_model
+        table = position_table(side, side, network.x_embedder.proj.out_channels)
+        with tempfile.TemporaryDirectory() as folder:
+            save_file({**network.state_dict(), "pos_embed": table[None].float().clone()}, Path(folder, "dit.safetensors"))
+            folder_paths.add_model_folder_path("checkpoints", folder)
+            (model,) = call(self.loader, ckpt_name="dit.safetensors", model=SIZE_NAME, image_size=size)
+        (positive,) = call(self.label, model=model, label_name=choices_of(self.label, "label_name")[LABEL])
+        (null,) = call(self.null, model=model)
+        return sampled(model, positive, null, sigmas, noise)
+
+
+def peers(named: list[str]) -> dict[str, Peer]:
+    return of_each_pack(named, Peer.among, "DiT nodes")
 
 
 def their_run(network: Any, sigmas: Tensor, timesteps: Tensor, noise: Tensor) -> Callable[[], Tensor]:
@@ -75,10 +116,14 @@ def their_run(network: Any, sigmas: Tensor, timesteps: Tensor, noise: Tensor) ->
 
 
 def our_run(model: Any, sigmas: Tensor, noise: Tensor) -> Callable[[], Tensor]:
+    positive, null = pack_nodes()["DiTClassLabel"].execute(label="", labels=str(LABEL)).args
+    return sampled(model, positive, null, sigmas, noise)
+
+
+def sampled(model: Any, positive: Any, null: Any, sigmas: Tensor, noise: Tensor) -> Callable[[], Tensor]:
     """What SamplerCustomAdvanced does."""
     import comfy.samplers
 
-    positive, null = pack_nodes()["DiTClassLabel"].execute(label="", labels=str(LABEL)).args
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, null)
     guider.set_cfg(CFG)
@@ -92,7 +137,9 @@ def our_run(model: Any, sigmas: Tensor, noise: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-def runs(layout: dict[str, int], size: int, steps: int) -> dict[str, Callable[[], Tensor]]:
+def runs(
+    layout: dict[str, int], size: int, steps: int, packs: Mapping[str, Peer] | None = None
+) -> dict[str, Callable[[], Tensor]]:
     """The sides, after their latents have been compared."""
     network = diffusers_network(layout, size)
     model = loaded(network)
@@ -106,19 +153,22 @@ def runs(layout: dict[str, int], size: int, steps: int) -> dict[str, Callable[[]
         GATED: our_run(gated, sigmas, noise),
         THEIRS: their_run(network, sigmas, timesteps, noise),
     }
-    require_same("The two sides", found[OURS](), found[THEIRS](), SAME)
+    found |= {name: pack.run(model, size, sigmas, noise) for name, pack in (packs or {}).items()}
+    reference = found[THEIRS]()
+    for name in found.keys() - {THEIRS, GATED}:
+        require_same(f"'{name}' and '{THEIRS}'", found[name](), reference, SAME)
     return found
 
 
-def report(layout: dict[str, int], size: int, steps: int, pairs: int) -> str:
-    timings = take_turns(runs(layout, size, steps), pairs)
+def report(layout: dict[str, int], size: int, steps: int, pairs: int, packs: Mapping[str, Peer] | None = None) -> str:
+    timings = take_turns(runs(layout, size, steps, packs), pairs)
     rows = [
         (name, f"{timing.median / steps:.2f}", "{:.2f} ({:.2f} to {:.2f})".format(*ratios(timings[THEIRS], timing)))
         for name, timing in timings.items()
     ]
     shape = f"{layout['num_layers']} blocks of {layout['num_attention_heads'] * layout['attention_head_dim']} channels"
     header = ("side", "seconds a step (median)", "times as fast as diffusers (lowest to highest)")
-    settings = f"{shape}, {size} px, {steps} steps, cfg {CFG:g} on {GUIDED} channels; {pairs} pairs in turns."
+    settings = f"{shape}, {size} px, {steps} steps, cfg {CFG:g}; {pairs} pairs in turns."
     return f"{settings}\n\n{table(header, rows)}"
 
 
@@ -128,10 +178,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=5, help="counted turns of all sides")
     parser.add_argument("--tiny", action="store_true", help="a tiny network, to try the benchmark itself")
+    add_peer_argument(parser)
     add_run_arguments(parser)
     args = parser.parse_args(argv)
+    if args.tiny and args.peer:
+        parser.error("--peer goes without --tiny: other packs know the published sizes only")
     start(args)
-    text = report(TINY if args.tiny else XL, args.size, args.steps, args.pairs)
+    text = report(TINY if args.tiny else XL, args.size, args.steps, args.pairs, peers(args.peer))
     publish(f"## DiT\n\nMeasured on: {machine(Target.here())}.\n\n{text}", args.out)
 
 

@@ -22,15 +22,14 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
 
 import torch
-from host_inprocess import load_pack, pack_nodes, start_host
+from host_inprocess import load_pack, pack_nodes
 from torch import Tensor
 
-from bench.measure import Timings, machine, now, publish, ratios, table, take_turns
+from bench.measure import Timings, add_run_arguments, machine, now, publish, ratios, start, table, take_turns
 from bench.memory import AllocatedMemory, HeldTensors
 from bench.models import CPU, SD15, TINY, TOKENS, Shape, Target, add_dtype_argument, as_diffusers, host_network, random_tensor
 
@@ -416,15 +415,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=3, help="counted turns of all variants")
     parser.add_argument("--refinements", type=int, default=2, help="at each of the published thresholds")
     parser.add_argument("--memory", nargs="+", choices=("fast", "low"), default=["fast", "low"], help="time these")
-    parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--tiny", action="store_true", help="a tiny network and a small picture, to try the benchmark itself")
-    parser.add_argument("--out", type=Path, help="write the report here as well")
+    add_run_arguments(parser)
     args = parser.parse_args(argv)
     if args.size and args.size % 64:
         parser.error(f"--size {args.size}: diffusers reads attention on whole grids, so use a multiple of 64")
-    start_host(argv=SAME_KERNEL)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    start(args, SAME_KERNEL)
     target = Target.here(args.dtype)
     shape, size, steps = (TINY, 128, 10) if args.tiny else (SD15, 512, 20) if target.on_gpu else (SD15, 256, 10)
     case = Case(shape, args.size or size, args.steps or steps, args.refinements)

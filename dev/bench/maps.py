@@ -1,12 +1,12 @@
 """Attention maps: what capturing them adds to a sampling run, and how much memory the maps take.
 
-    python dev bench maps [--shape sd15|sdxl] [--size PX] [--steps N] [--pairs N] [--threads N] [--daam PYTHON] [--tiny]
+    python dev bench maps [--shape sd15|sdxl] [--size PX] [--steps N] [--pairs N] [--daam PYTHON] [--peer NAME=PATH] [--tiny]
 
 Plain sampling and sampling under AttnMapCapture take turns in one process, on an SD1.5- or SDXL-shaped U-Net of real size
 (random weights) and on the embedded model. ``--daam`` (not needed for the rest) names the Python of an environment with
 diffusers and daam (daam 0.2.0 runs with diffusers 0.42.1 when it is installed without its pinned dependencies, beside spacy
 and matplotlib): its overhead over diffusers' own plain sampling is measured in the same turns, in a process of its own. Take
-512 pixels for that: daam goes by the maps' sizes at 512.
+512 pixels for that: daam goes by the maps' sizes at 512. ``--peer`` adds another node pack's sampler that records maps.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from host_inprocess import load_pack, pack_nodes, start_host
+from host_inprocess import load_pack, pack_nodes
 from scenes import evaluate
 
-from bench.measure import Run, Timings, machine, memory_name, publish, ratios, table, take_turns
+from bench.measure import Run, Timings, add_run_arguments, machine, memory_name, publish, ratios, start, table, take_turns
 from bench.memory import bytes_of
 from bench.models import (
+    CFG,
     CPU,
     TINY,
     UNETS,
@@ -35,10 +36,12 @@ from bench.models import (
     add_dtype_argument,
     add_shape_arguments,
     host_network,
+    inputs_of_a_run,
     precision_of,
     sampler,
     tiny,
 )
+from bench.peers import NodeClass, add_peer_argument, call, inputs_of, of_each_pack
 
 DEV = Path(__file__).resolve().parent.parent
 EMBEDDED_STEPS = 25
@@ -84,6 +87,22 @@ class Measured:
 
         return captured
 
+    def add_peer(self, name: str, node: NodeClass, model: Any, steps: int, latent: torch.Tensor, context: int) -> None:
+        """Another pack's sampler, of the positive and the negative prompt's maps."""
+        _, positive, negative = inputs_of_a_run(latent, context)
+        inputs = {
+            "seed": 0, "steps": steps, "cfg": CFG, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
+            "positive": [[positive, {}]], "negative": [[negative, {}]], "latent_image": {"samples": latent},
+        }  # fmt: skip
+
+        @torch.inference_mode()
+        def captured() -> None:
+            _, *maps = call(node, model=model.clone(), **inputs)
+            self.sums[name] = self.kept[name] = bytes_of(maps)
+
+        self.runs[name] = captured
+        self.plain[name] = PLAIN
+
     def add_daam(self, wish: Callable[[str], int]) -> None:
         def captured() -> None:
             self.sums["daam"] = self.kept["daam"] = wish("daam")
@@ -95,7 +114,7 @@ class Measured:
         rows = []
         for name, timing in timings.items():
             cells = ["", "", ""]
-            if name in self.plain:
+            if name in self.kept:
                 overhead = ", ".join(f"{100 * (r - 1):+.1f}" for r in ratios(timing, timings[self.plain[name]]))
                 cells = [overhead, *(f"{sizes[name] / 2**20:.1f}" for sizes in (self.sums, self.kept))]
             peak = "" if name in ("daam", THEIR_PLAIN) else f"{timing.peak_bytes / 2**20:.0f}"  # of this process
@@ -147,13 +166,26 @@ def daam_process(python: Path, size: int, steps: int, shape: Shape, target: Targ
             process.stdin.close()
 
 
+def peers(named: list[str]) -> dict[str, NodeClass]:
+    """Of each other pack its sampler that records maps: a node of a MODEL and two prompts that has more outputs than a latent."""
+    wanted = {"model", "positive", "negative", "latent_image"}
+
+    def find(nodes: list[NodeClass]) -> NodeClass | None:
+        return next((node for node in nodes if wanted <= {*inputs_of(node)} and "HEATMAP" in node.RETURN_TYPES), None)
+
+    return of_each_pack(named, find, "sampler that records attention maps")
+
+
 def unet_part(
-    shape: Shape, size: int, steps: int, pairs: int, daam: Path | None = None, target: Target = CPU
+    shape: Shape, size: int, steps: int, pairs: int, daam: Path | None = None, target: Target = CPU, peer: list[str] | None = None
 ) -> tuple[str, Measured]:
     measured = Measured()
     with ExitStack() as stack:
         latent = torch.zeros(1, 4, size // 8, size // 8)
-        measured.add_host(host_network(shape, target), steps, latent, shape.context, shape.pooled)
+        model = host_network(shape, target)
+        measured.add_host(model, steps, latent, shape.context, shape.pooled)
+        for name, node in peers(peer or []).items():
+            measured.add_peer(name, node, model, steps, latent, shape.context)
         if daam is not None:
             measured.add_daam(stack.enter_context(daam_process(daam, size, steps, shape, target)))
         text = measured.table(take_turns(measured.runs, pairs), memory_name(target.device))
@@ -176,23 +208,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=3, help="counted turns of all variants")
     add_dtype_argument(parser)
     add_shape_arguments(parser, UNETS)
-    parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--daam", type=Path, metavar="PYTHON", help="measure daam with this Python")
-    parser.add_argument("--out", type=Path, help="write the report here as well")
+    add_peer_argument(parser)
+    add_run_arguments(parser)
     args = parser.parse_args(argv)
-    if args.daam and args.shape != "sd15":
-        parser.error("--daam goes with --shape sd15")
-    start_host()
-    import comfy.utils
-
-    comfy.utils.PROGRESS_BAR_ENABLED = False
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if (args.daam or args.peer) and args.shape != "sd15":
+        parser.error("--daam and --peer go with --shape sd15")
+    start(args)
     target, shape, sdxl = Target.here(args.dtype), UNETS[args.shape], args.shape == "sdxl"
     size, steps = ((1024, 10) if sdxl else (512, 25)) if target.on_gpu else (256, 5)
     if args.tiny:
         shape, size, steps = tiny(shape), 128, 2
-    unet, _ = unet_part(shape, args.size or size, args.steps or steps, args.pairs, args.daam, target)
+    unet, _ = unet_part(shape, args.size or size, args.steps or steps, args.pairs, args.daam, target, args.peer)
     embedded, _ = embedded_part(2 if args.tiny else EMBEDDED_STEPS, args.pairs)
     written = "\n\n".join([f"## Attention maps\n\nMeasured on: {machine(target)}.", unet, embedded])
     publish(written, args.out)

@@ -161,9 +161,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="write the report here as well")
 
 
-def start(args: argparse.Namespace) -> None:
+def start(args: argparse.Namespace, host_argv: tuple[str, ...] = ()) -> None:
     """Start the host in this process, without progress bars, on so many threads."""
-    start_host()
+    start_host(argv=host_argv)
     import comfy.utils
 
     comfy.utils.set_progress_bar_enabled(False)

@@ -89,6 +89,7 @@ SDXL = Shape("SDXL", 320, 2048, 1280)
 PIXART = Shape("PixArt", 1152, 4096)
 UNETS = {"sd15": SD15, "sdxl": SDXL}
 SHAPES = {**UNETS, "pixart": PIXART}
+PIXART_AT_LEAST = 320  # pixels: the host divides by 0 below
 TINY = tiny(SD15)  # to try a benchmark itself
 
 _UNET: dict[str, Any] = {
@@ -183,7 +184,7 @@ def inputs_of_a_run(latent: Tensor, context: int) -> tuple[Tensor, Tensor, Tenso
     return random_tensor(0, *latent.shape), random_tensor(1, 1, TOKENS, context), random_tensor(2, 1, TOKENS, context)
 
 
-def sampler(model: Any, steps: int, latent: Tensor, context: int, pooled: int = 0) -> Callable[[], Tensor]:
+def sampler(model: Any, steps: int, latent: Tensor, context: int, pooled: int = 0, cfg: float = CFG) -> Callable[[], Tensor]:
     """One sampling run with fixed noise and prompts."""
     import comfy.sample
 
@@ -193,7 +194,7 @@ def sampler(model: Any, steps: int, latent: Tensor, context: int, pooled: int = 
     def run() -> Tensor:
         with torch.inference_mode():
             return comfy.sample.sample(
-                model, noise, steps, CFG, "euler", "normal", [[positive, {**told}]], [[negative, {**told}]], latent,
+                model, noise, steps, cfg, "euler", "normal", [[positive, {**told}]], [[negative, {**told}]], latent,
                 seed=0, disable_pbar=True,
             )  # fmt: skip
 

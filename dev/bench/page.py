@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.peers import add_peer_argument
+
 DEV = Path(__file__).resolve().parent.parent
 PAGE = DEV.parent / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
@@ -33,17 +35,20 @@ PARTS: dict[str, Sequence[str]] = {
     "tgate-pixart": ("--parts", "speed", "--shape", "pixart", "--steps", "5"),
     "pareto": ("--plot", "{plots}/pareto.svg"),
     "cache": (),
+    "gradient": (),
     "excite": ("--size", "256", "--steps", "10"),
     "distill": ("--size", "256"),
     "maps": (),
     "dit": (),
     "overhead": (),
     "scaling": (),
+    "profile": (),
 }
+WITH_PEERS = ("tgate", "maps", "dit")
 TINY = {
     "tgate": ("--tiny",), "tgate-sdxl": ("--tiny", "--shape", "sdxl"), "tgate-pixart": ("--tiny", "--shape", "pixart"),
-    "pareto": ("--prompts", "2", "--repeats", "1", "--only", "fewer steps"), "excite": ("--tiny",), "distill": ("--tiny",),
-    "maps": ("--tiny",), "dit": ("--tiny", "--pairs", "1"),
+    "pareto": ("--prompts", "2", "--repeats", "1", "--only", "fewer steps"), "gradient": ("--tiny", "--pairs", "1"),
+    "excite": ("--tiny",), "distill": ("--tiny",), "maps": ("--tiny",), "dit": ("--tiny", "--pairs", "1"), "profile": ("--tiny",),
 }  # fmt: skip
 
 
@@ -68,7 +73,7 @@ def arguments_of(name: str, args: argparse.Namespace, plots: Path) -> list[str]:
     found = list(TINY.get(name, ())) if args.tiny else [each.format(plots=plots) for each in PARTS[name]]
     if args.threads:
         found += ["--threads", str(args.threads)]
-    if name == "tgate":
+    if name in WITH_PEERS and not (name == "dit" and args.tiny):
         found += [item for peer in args.peer for item in ("--peer", peer)]
     if name == "maps" and args.daam:
         found += ["--daam", str(args.daam), "--size", "512", "--steps", "3"]
@@ -108,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), help="these parts; the page keeps its others")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, to try the page itself")
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="measure another node pack's T-GATE too")
+    add_peer_argument(parser)
     parser.add_argument("--daam", type=Path, metavar="PYTHON", help="measure daam with this Python")
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args(argv)

@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import collections
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -38,6 +35,7 @@ from bench.measure import (
     take_turns,
 )
 from bench.models import (
+    PIXART_AT_LEAST,
     SD15,
     SHAPES,
     Shape,
@@ -51,11 +49,11 @@ from bench.models import (
     sampler,
     tiny,
 )
+from bench.peers import NodeClass, add_peer_argument, call, defaults_of, inputs_of, of_each_pack
 from bench.similarity import peak_signal_to_noise
 from bench.tgate_diffusers import run_of
 
 STEPS = 25
-PIXART_AT_LEAST = 320  # the host divides by 0 below
 SAME = 1e-3  # float32, over all steps
 PLAIN, AS_PUBLISHED = "plain", "T-GATE, as published"
 THEIR_PLAIN, THEIR_GATE = "diffusers", "diffusers, T-GATE"
@@ -182,39 +180,21 @@ def speed_of(network: Network, args: argparse.Namespace) -> str:
 
 
 def peers(named: list[str]) -> dict[str, Callable[[Any], Any]]:
-    """Of each other pack its first T-GATE node that is not deprecated: one with a MODEL input and a fraction to start at."""
-    found: dict[str, Callable[[Any], Any]] = {}
-    for item in named:
-        name, _, path = item.partition("=")
-        folder = Path(path).resolve()
-        entry = folder / "__init__.py"
-        spec = importlib.util.spec_from_file_location(f"peer_{name}", entry, submodule_search_locations=[str(folder)])
-        if spec is None or spec.loader is None:
-            raise SystemExit(f"--peer {item}: {folder} is not a folder of nodes")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        titles = getattr(module, "NODE_DISPLAY_NAME_MAPPINGS", {})
-        current = [node for key, node in module.NODE_CLASS_MAPPINGS.items() if "deprecated" not in titles.get(key, "").lower()]
-        apply = next((apply for apply in map(_peer_node, current) if apply is not None), None)
-        if apply is None:
-            raise SystemExit(f"--peer {item}: no node there takes a MODEL and a fraction of the steps to start at")
-        found[name] = apply
-    return found
+    """Of each other pack its first T-GATE node: one with a MODEL input and a fraction of the steps to start at."""
+
+    def find(nodes: list[NodeClass]) -> Callable[[Any], Any] | None:
+        return next((apply for apply in map(_as_t_gate, nodes) if apply is not None), None)
+
+    return of_each_pack(named, find, "T-GATE node")
 
 
-def _peer_node(node: Any) -> Callable[[Any], Any] | None:
-    inputs = {**node.INPUT_TYPES().get("required", {}), **node.INPUT_TYPES().get("optional", {})}
+def _as_t_gate(node: NodeClass) -> Callable[[Any], Any] | None:
+    inputs = inputs_of(node)
     fraction = next((key for key in ("start_at", "gate_at", "start_percent", "gate_step") if key in inputs), None)
     if fraction is None or "model" not in inputs:
         return None
-    defaults = {key: value[1]["default"] for key, value in inputs.items() if len(value) > 1 and "default" in value[1]}
-
-    def apply(model: Any) -> Any:
-        values = {**defaults, fraction: 0.4}
-        return getattr(node(), node.FUNCTION)(model=model.clone(), **values)[0]
-
-    return apply
+    values = {**defaults_of(node), fraction: 0.4}
+    return lambda model: call(node, model=model.clone(), **values)[0]
 
 
 # --- auto mode -----------------------------------------------------------------------------------------------------------
@@ -267,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     add_shape_arguments(parser, SHAPES)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--cfg", type=float, default=5.0)
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="measure another node pack too")
+    add_peer_argument(parser)
     add_run_arguments(parser)
     args = parser.parse_args(argv)
     start(args)
