@@ -4,7 +4,7 @@
 
 A network in DiT-XL/2's shape with random weights is written in diffusers' layout and loaded by our node. All sides sample with
 classifier-free guidance of all channels, as diffusers' pipeline does, the same noise and labels, down the same sigmas with
-Euler's steps (DDIM). ``--peer`` adds another node pack's DiT, loaded from the same weights in the authors' layout.
+Euler's steps (DDIM). ComfyUI takes torch's attention kernel, as the others do, and as it would by itself on a GPU. ``--peer`` adds another node pack's DiT, loaded from the same weights in the authors' layout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from host_inprocess import load_pack, pack_nodes
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench.measure import add_run_arguments, machine, publish, ratios, require_same, start, table, take_turns
+from bench.measure import SAME_KERNEL, add_run_arguments, machine, publish, ratios, require_same, start, table, take_turns
 from bench.models import Target, random_tensor
 from bench.peers import NodeClass, add_peer_argument, call, choices_of, inputs_of, of_each_pack
 
@@ -77,20 +77,24 @@ class Peer:
         null = next((node for node in nodes if {*inputs_of(node)} == {"model"} and "Empty" in node.__name__), None)
         return cls(loader, label, null) if loader and label and null else None
 
-    def run(self, ours: Any, size: int, sigmas: Tensor, noise: Tensor) -> Callable[[], Tensor]:
-        """The weights of our model through the pack's loader, from a file in the authors' layout."""
+    def run(self, path: Path, size: int, sigmas: Tensor, noise: Tensor) -> Callable[[], Tensor]:
+        """Of a file in the authors' layout."""
         import folder_paths
-        from fovea_attention.attention.dit import position_table
 
-        side, network = size // 16, ours.model.diffusion_model
-        table = position_table(side, side, network.x_embedder.proj.out_channels)
-        with tempfile.TemporaryDirectory() as folder:
-            save_file({**network.state_dict(), "pos_embed": table[None].float().clone()}, Path(folder, "dit.safetensors"))
-            folder_paths.add_model_folder_path("checkpoints", folder)
-            (model,) = call(self.loader, ckpt_name="dit.safetensors", model=SIZE_NAME, image_size=size)
+        folder_paths.add_model_folder_path("checkpoints", str(path.parent))
+        (model,) = call(self.loader, ckpt_name=path.name, model=SIZE_NAME, image_size=size)
         (positive,) = call(self.label, model=model, label_name=choices_of(self.label, "label_name")[LABEL])
         (null,) = call(self.null, model=model)
         return sampled(model, positive, null, sigmas, noise)
+
+
+def save_as_the_authors(model: Any, size: int, path: Path) -> None:
+    """The weights of our model, and the table of positions, which is part of their files."""
+    from fovea_attention.attention.dit import position_table
+
+    network = model.model.diffusion_model
+    table = position_table(size // 16, size // 16, network.x_embedder.proj.out_channels)
+    save_file({**network.state_dict(), "pos_embed": table[None].float().clone()}, path)
 
 
 def peers(named: list[str]) -> dict[str, Peer]:
@@ -141,6 +145,9 @@ def runs(
     layout: dict[str, int], size: int, steps: int, packs: Mapping[str, Peer] | None = None
 ) -> dict[str, Callable[[], Tensor]]:
     """The sides, after their latents have been compared."""
+    load_pack()
+    from fovea_attention.attention.dit_host import load_dit
+
     network = diffusers_network(layout, size)
     model = loaded(network)
     known = model.get_model_object("model_sampling").sigmas.cpu()
@@ -153,10 +160,15 @@ def runs(
         GATED: our_run(gated, sigmas, noise),
         THEIRS: their_run(network, sigmas, timesteps, noise),
     }
-    found |= {name: pack.run(model, size, sigmas, noise) for name, pack in (packs or {}).items()}
-    reference = found[THEIRS]()
-    for name in found.keys() - {THEIRS, GATED}:
-        require_same(f"'{name}' and '{THEIRS}'", found[name](), reference, SAME)
+    require_same(f"'{OURS}' and '{THEIRS}'", found[OURS](), found[THEIRS](), SAME)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "dit.safetensors")
+        for name, pack in (packs or {}).items():
+            save_as_the_authors(model, size, path)
+            found[name] = pack.run(path, size, sigmas, noise)
+            # diffusers embeds times a little differently than the authors, so the same weights are not the same network.
+            ours = our_run(load_dit(str(path), cfg_channels=GUIDED), sigmas, noise)
+            require_same(f"'{name}' and '{OURS}'", found[name](), ours(), SAME)
     return found
 
 
@@ -183,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.tiny and args.peer:
         parser.error("--peer goes without --tiny: other packs know the published sizes only")
-    start(args)
+    start(args, SAME_KERNEL)
     text = report(TINY if args.tiny else XL, args.size, args.steps, args.pairs, peers(args.peer))
     publish(f"## DiT\n\nMeasured on: {machine(Target.here())}.\n\n{text}", args.out)
 

@@ -29,7 +29,7 @@ import torch
 from host_inprocess import load_pack, pack_nodes
 from torch import Tensor
 
-from bench.measure import Timings, add_run_arguments, machine, now, publish, ratios, start, table, take_turns
+from bench.measure import SAME_KERNEL, Timings, add_run_arguments, machine, now, publish, ratios, start, table, take_turns
 from bench.memory import AllocatedMemory, HeldTensors
 from bench.models import CPU, SD15, TINY, TOKENS, Shape, Target, add_dtype_argument, as_diffusers, host_network, random_tensor
 
@@ -37,7 +37,6 @@ SUBJECTS = (2, 5)  # as in "a cat and a frog"
 CFG = 7.5
 PUBLISHED_FRACTIONS = (0.0, 0.2, 0.4)  # of the steps: where the published thresholds are
 NEVER_MET = 1.0
-SAME_KERNEL = ("--use-pytorch-cross-attention",)
 THEIRS = "diffusers"
 PLAIN_FORWARD = "a forward without a gradient, ours"
 SAME_NETWORK, SAME_ROUNDED_NETWORK = 1e-4, 0.1

@@ -22,6 +22,7 @@ from bench.memory import AllocatedMemory
 from bench.models import Target
 
 Run = Callable[[], object]
+SAME_KERNEL = ("--use-pytorch-cross-attention",)  # of attention: what the host takes by itself on a GPU, and other libraries too
 
 
 def now() -> float:
