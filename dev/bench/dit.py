@@ -4,7 +4,8 @@
 
 A network in DiT-XL/2's shape with random weights is written in diffusers' layout and loaded by our node. All sides sample with
 classifier-free guidance of all channels, as diffusers' pipeline does, the same noise and labels, down the same sigmas with
-Euler's steps (DDIM). ComfyUI takes torch's attention kernel, as the others do, and as it would by itself on a GPU. ``--peer`` adds another node pack's DiT, loaded from the same weights in the authors' layout.
+Euler's steps (DDIM). ComfyUI takes torch's attention kernel, as the others do, and as it would by itself on a GPU.
+``--peer`` adds another node pack's DiT, loaded from the same weights in the authors' layout.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Loss:
             return distilled_layers(network)
         return [layer for layer in guided_layers(network, latent, ExciteSettings()).layers if layer.kind == "cross"]
 
-    def seen(self, q: Tensor, k: Tensor, v: Tensor, scale: float, output: Callable[[], Tensor]) -> Tensor:
+    def seen(self, q: Tensor, k: Tensor, scale: float, output: Callable[[], Tensor]) -> Tensor:
         """(batch,) of tensors (batch, heads, tokens, channels)."""
         if not self.of_words:
             return output().square().mean((1, 2, 3))
@@ -78,7 +78,7 @@ class Loss:
     # As ``ModelPass`` wants it
 
     def measure(self, layer: Any, call: Any, rows: Tensor) -> Tensor:
-        return self.seen(call.inputs.q, call.inputs.k, call.v, call.inputs.scale, lambda: call.output)
+        return self.seen(call.inputs.q, call.inputs.k, call.inputs.scale, lambda: call.output)
 
     def loss(self, measurements: list[tuple[Any, Tensor]], rows: Tensor) -> Tensor:
         return torch.stack([value for _, value in measurements]).float().sum(0)
@@ -114,6 +114,11 @@ def ours(call: Call, loss: Loss, layers: list[Any], memory: str) -> Tensor:
     return found.latent
 
 
+def by_head(tensor: Tensor, heads: int) -> Tensor:
+    """(batch, tokens, channels) -> (batch, heads, tokens, channels)."""
+    return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 def plainly(call: Call, loss: Loss, layers: list[Any]) -> Tensor:
     """The host's own model call on a latent that wants a gradient."""
     import comfy.samplers
@@ -126,10 +131,9 @@ def plainly(call: Call, loss: Loss, layers: list[Any]) -> Tensor:
     def override(host_function: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = host_function(q, k, v, heads, *args, **kwargs)
         if running:
-            by_head = [t if kwargs.get("skip_reshape") else t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
-            keeps = kwargs.get("skip_output_reshape", False)
-            output = result if keeps else result.unflatten(-1, (heads, -1)).transpose(1, 2)
-            seen.append(loss.seen(*by_head, by_head[0].shape[-1] ** -0.5, lambda: output))
+            q, k = (t if kwargs.get("skip_reshape") else by_head(t, heads) for t in (q, k))
+            output = result if kwargs.get("skip_output_reshape") else by_head(result, heads)
+            seen.append(loss.seen(q, k, q.shape[-1] ** -0.5, lambda: output))
         return result
 
     transformer = {**call.options.get("transformer_options", {}), "optimized_attention_override": override}
@@ -195,7 +199,7 @@ class Sides:
         """MiB of each side: of tensors (not on a GPU), and as the allocator has it."""
         found: dict[str, list[float]] = {}
         for name, run in self.runs.items():
-            meters = [] if self.target.on_gpu else [HeldTensors()]
+            meters: list[HeldTensors | AllocatedMemory] = [] if self.target.on_gpu else [HeldTensors()]
             found[name] = []
             for memory in [*meters, AllocatedMemory(self.target.device)]:
                 gc.collect()
