@@ -33,7 +33,7 @@ PARTS: dict[str, Sequence[str]] = {
     "tgate": ("--parts", "speed", "--size", "192", "--steps", "5"),
     "tgate-sdxl": ("--parts", "speed", "--shape", "sdxl", "--size", "128", "--steps", "5"),
     "tgate-pixart": ("--parts", "speed", "--shape", "pixart", "--steps", "5"),
-    "pareto": ("--plot", "{plots}/pareto.svg"),
+    "pareto": ("--prompts", "16", "--plot", "{plots}/pareto.svg"),
     "cache": (),
     "gradient": (),
     "excite": ("--size", "256", "--steps", "10"),
