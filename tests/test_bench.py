@@ -349,7 +349,7 @@ def test_figures_in_the_readme_are_those_of_the_page():
     readme = (DEV.parent / "README.md").read_text(encoding="utf-8")
     shown = page.PAGE.read_text(encoding="utf-8")
     spans = FIGURES.findall(readme)
-    assert {"pareto", "excite", "distill", "dit", "overhead"} <= {name for name, _ in spans}
+    assert {"pareto", "cache", "maps", "excite", "distill", "dit", "overhead"} <= {name for name, _ in spans}
     for name, text in spans:
         measured = page.part_of(shown, name)
         assert measured is not None, f"docs/benchmarks.md has no part {name}"

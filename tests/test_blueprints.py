@@ -152,6 +152,7 @@ def test_the_host_offers_it(path: Path, server: HostServer) -> None:
     assert json.loads(server.get(f"/global_subgraphs/{key}")["data"]) == load(path)
 
 
+@pytest.mark.newest
 @each_blueprint
 @pytest.mark.server
 def test_it_runs_on_the_real_server(path: Path, server: HostServer, object_info: dict[str, Any]) -> None:

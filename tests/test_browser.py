@@ -142,7 +142,9 @@ def places(server: HostServer, run: dict[str, Any], node: str) -> dict[str, tupl
     return found
 
 
-@pytest.mark.parametrize("on_page", [False, True], ids=["nodes on the canvas", "nodes on the page"])
+@pytest.mark.parametrize(
+    "on_page", [pytest.param(False, marks=pytest.mark.newest), True], ids=["nodes on the canvas", "nodes on the page"]
+)
 def test_pointing_at_a_preview_ranks_the_words(on_page: bool, ui: FrontEnd, server: HostServer) -> None:
     """The shipped workflow, run by its button: the words of what is under the pointer come first, on every picture."""
     ui.draw_nodes_on_page(on_page)

@@ -86,7 +86,7 @@ def recorded(excite, monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize("memory", ["fast", pytest.param("low", marks=pytest.mark.newest)])
 @pytest.mark.parametrize("name", list(CASES))
 def test_equals_the_official_implementation(guider, recorded, caplog, name, memory):
     caplog.set_level("INFO", logger="fovea")

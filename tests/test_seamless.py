@@ -73,6 +73,7 @@ def test_t_gate_and_capture_work_on_it(model, seamless, node_classes):
         assert difference(*pictures) < SAME
 
 
+@pytest.mark.newest
 def test_subjects_are_guided_on_it(model, seamless, node_classes):
     joined = seamless(model)
     guider, _ = node_classes["AttendExciteGuider"].execute(joined, FAMILY.conds(1), FAMILY.conds(2), subjects="2, 5")
@@ -126,6 +127,7 @@ def vae():
     return evaluate.load()[2]
 
 
+@pytest.mark.newest
 def test_a_decoded_picture_has_no_edges(node_classes, vae):
     """Shifting the latent shifts the picture. (The decoder's norms are over the whole, so what repeats changes nothing.)"""
     decode = node_classes["FoveaSeamlessDecode"].execute
@@ -152,6 +154,7 @@ def test_a_video_is_refused(node_classes, vae):
         node_classes["FoveaSeamlessDecode"].execute({"samples": torch.zeros(1, 4, 3, 8, 8)}, vae)
 
 
+@pytest.mark.newest
 def test_the_demo_model_makes_tiles(node_classes, seamless, vae):
     """Across the edges of a sampled picture neighbours differ no more than within it."""
     model, clip, vae = evaluate.load()

@@ -90,6 +90,7 @@ def test_a_window_that_holds_everything_changes_nothing(node, model):
 MASKS = {"reference_mask": (torch.arange(SIDE * 8) // 50).float()[None, None].expand(1, 64, -1) / 5}
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("method", "case"),
     [("guided sampling", case) for case in ("", "masks", "inpaint", "T-GATE")]

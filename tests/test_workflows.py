@@ -32,7 +32,10 @@ TITLE_BAR = 30
 
 each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 # Of those that distil, which take longest, the others show that the sampler works on the oldest host.
-LONG = ("repaint a picture", "seamless and large textures", "style from several pictures", "texture")
+LONG = (
+    "repaint a picture", "seamless and large textures", "style from a picture", "style from several pictures", "texture",
+    "texture by labels",
+)  # fmt: skip
 each_run = pytest.mark.parametrize(
     "path",
     [pytest.param(path, marks=pytest.mark.newest if path.stem.endswith(LONG) else ()) for path in WORKFLOWS],
@@ -263,12 +266,13 @@ def test_it_runs_on_the_real_server(path: Path, run: Callable[[Path], Run], obje
 T_GATE = workflow_files.FOLDER / "T-GATE - same picture, faster.json"
 
 
-def test_the_t_gate_workflow_shows_the_nodes_defaults(object_info: dict[str, Any]) -> None:
-    """When the defaults move, the template moves with them."""
+def test_the_t_gate_workflow_shows_the_nodes_defaults_and_keeps_the_picture(object_info: dict[str, Any]) -> None:
+    """When the defaults move, the template moves with them; full steps after the gate are what makes its title true."""
     node = next(node for node in load(T_GATE)["nodes"] if node["type"] == "TGateCache")
     inputs = object_info["TGateCache"]["input"]
     spec = {**inputs["required"], **inputs["optional"]}
-    assert node["widgets_values"] == [options[0]["default"] for kind, *options in spec.values() if kind in WIDGET_TYPES]
+    widgets = {name: options[0]["default"] for name, (kind, *options) in spec.items() if kind in WIDGET_TYPES}
+    assert node["widgets_values"] == [*{**widgets, "refresh_every": 3}.values()]
 
 
 def test_the_t_gate_workflow_compares_equal_runs() -> None:
