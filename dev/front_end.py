@@ -10,10 +10,11 @@ import contextlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import ConsoleMessage, Locator, Page, Playwright, expect
+from playwright.sync_api import ConsoleMessage, Locator, Page, Playwright, expect, sync_playwright
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 PATIENCE = 180_000  # ms; only ever waited for in full when something is broken
@@ -90,6 +91,18 @@ def find_chromium(playwright: Playwright) -> str | None:
     installed = next(filter(None, map(shutil.which, BROWSERS)), None)
     own = playwright.chromium.executable_path
     return installed or (own if Path(own).is_file() else None)
+
+
+@contextlib.contextmanager
+def browser_page() -> Iterator[Page | None]:
+    """An empty page of a headless browser; None where there is no browser."""
+    with sync_playwright() as playwright:
+        chromium = find_chromium(playwright)
+        if chromium is None:
+            yield None
+            return
+        with playwright.chromium.launch(executable_path=chromium, chromium_sandbox=False, args=FLAGS) as browser:
+            yield browser.new_page(viewport={"width": 1500, "height": 1000})
 
 
 class FrontEnd:

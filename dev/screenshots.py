@@ -14,12 +14,10 @@ import tempfile
 from pathlib import Path
 
 import environment
-import front_end
 import workflow_files
-from front_end import FrontEnd
+from front_end import FrontEnd, browser_page
 from host_server import HostServer
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 TARGET = environment.ROOT / "docs" / "screenshots"
 WIDTH = 1200
@@ -79,19 +77,17 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as base,
         HostServer(host, Path(base), arguments=environment.front_end_arguments(host)) as server,
-        sync_playwright() as playwright,
+        browser_page() as page,
     ):
         server.request("/settings", SETTINGS)
-        chromium = front_end.find_chromium(playwright) or sys.exit("There is no Chromium.")
-        with playwright.chromium.launch(executable_path=chromium, chromium_sandbox=False, args=front_end.FLAGS) as browser:
-            ui = FrontEnd(browser.new_page(viewport={"width": 1500, "height": 1000}), server.url)
-            whole_workflow(ui, "All together - faster, complete, in a style", "all-together-dark")
-            read_out(ui, "read-out-dark")
-            wrong_word(ui, "wrong-word")
-            ui.clear()
-            ui.choose_theme("light")
-            whole_workflow(ui, "T-GATE - same picture, faster", "t-gate-light")
-            read_out(ui, "read-out-light")
+        ui = FrontEnd(page or sys.exit("There is no Chromium."), server.url)
+        whole_workflow(ui, "All together - faster, complete, in a style", "all-together-dark")
+        read_out(ui, "read-out-dark")
+        wrong_word(ui, "wrong-word")
+        ui.clear()
+        ui.choose_theme("light")
+        whole_workflow(ui, "T-GATE - same picture, faster", "t-gate-light")
+        read_out(ui, "read-out-light")
 
 
 if __name__ == "__main__":

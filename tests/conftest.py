@@ -6,6 +6,7 @@ and tests marked `server` talk to a real server that is started once per run.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if items and items[0].config.pluginmanager.hasplugin("xdist"):
         for item in items:
             item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
+def pytest_collection_finish() -> None:
+    """No collection looks through the libraries' objects again, half a million that live to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

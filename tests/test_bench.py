@@ -213,8 +213,7 @@ def test_both_sides_of_the_t_gate_benchmark_do_the_same_work():
 def test_both_sides_of_the_gradient_benchmark_find_the_same(name, loss):
     """Else it refuses to go on."""
     shape = tgate.tiny(tgate.SHAPES[name])
-    size = tgate.PIXART_AT_LEAST if name == "pixart" else 64
-    sides = gradient.Sides(tgate.host_network(shape), shape, size, loss, CPU)
+    sides = gradient.Sides(tgate.host_network(shape), shape, shape.side(64), loss, CPU)
     sides.require_the_same()
     assert all(found.abs().max() > 0 for found in sides.found.values())
 
@@ -346,7 +345,13 @@ def test_commands_on_the_page_name_no_machine(tmp_path):
     )
 
 
-FIGURES = re.compile(r"<!-- figures of (\w+) -->\n(.*?)<!-- end of figures -->", re.S)
+def test_a_part_for_want_of_daam_is_left_out(tmp_path, capsys):
+    page.main(["--only", page.WITH_DAAM, "--page", str(tmp_path / "page.md")])
+    assert "needs --daam" in capsys.readouterr().out
+    assert not (tmp_path / "page.md").exists()
+
+
+FIGURES = re.compile(r"<!-- figures of ([\w-]+) -->\n(.*?)<!-- end of figures -->", re.S)
 
 
 def test_figures_in_the_readme_are_those_of_the_page():

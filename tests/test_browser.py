@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import environment
-import front_end
 import numpy as np
 import pytest
 import workflow_files
-from front_end import FrontEnd
+from front_end import FrontEnd, browser_page
 from host_server import HostServer, Picture
 from PIL import Image
-from playwright.sync_api import Route, expect, sync_playwright
+from playwright.sync_api import Route, expect
 
 pytestmark = pytest.mark.server
 
@@ -45,12 +44,10 @@ IN_NAMES = {"cache", "t-gate", "attention map"}
 def page_of_host(server: HostServer) -> Iterator[FrontEnd]:
     """The front end in a browser, for all tests here: to start them takes longer than most of these tests."""
     server.request("/settings", {"Comfy.TutorialCompleted": True})  # else a first visit opens the template browser
-    with sync_playwright() as playwright:
-        chromium = front_end.find_chromium(playwright)
-        if chromium is None:
+    with browser_page() as page:
+        if page is None:
             pytest.skip("no Chromium: `apt install chromium`, install Google Chrome, or `python -m playwright install chromium`")
-        with playwright.chromium.launch(executable_path=chromium, chromium_sandbox=False, args=front_end.FLAGS) as browser:
-            yield FrontEnd(browser.new_page(viewport={"width": 1500, "height": 1000}), server.url)
+        yield FrontEnd(page, server.url)
 
 
 @pytest.fixture

@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="steps of a run (default 4; on a GPU 6)")
     add_dtype_argument(parser)
     parser.add_argument("--iterations", type=int, default=3, help="after each step (published: 3)")
-    parser.add_argument("--pairs", type=int, default=3, help="counted turns of all variants")
+    parser.add_argument("--pairs", type=int, default=5, help="counted turns of all variants")
     parser.add_argument("--tiny", action="store_true", help="a tiny network and a small picture, to try the benchmark itself")
     add_run_arguments(parser)
     args = parser.parse_args(argv)

@@ -29,7 +29,21 @@ import torch
 from host_inprocess import load_pack, pack_nodes
 from torch import Tensor
 
-from bench.measure import SAME_KERNEL, Timings, add_run_arguments, machine, now, publish, ratios, start, table, take_turns
+from bench.measure import (
+    SAME_KERNEL,
+    Moment,
+    Timings,
+    add_run_arguments,
+    difference,
+    machine,
+    now,
+    publish,
+    ratios,
+    require_same,
+    start,
+    table,
+    take_turns,
+)
 from bench.memory import AllocatedMemory, HeldTensors
 from bench.models import CPU, SD15, TINY, TOKENS, Shape, Target, add_dtype_argument, as_diffusers, host_network, random_tensor
 
@@ -96,7 +110,7 @@ class Passes:
 
     forwards: int = 0
     seconds: list[float] = field(default_factory=list)
-    _began: float = 0.0
+    _began: Moment = field(default_factory=now)
 
     def start(self) -> None:
         self.forwards += 1
@@ -110,7 +124,7 @@ class Passes:
 class Ran:
     """One whole run: when it began and when each step ended, its gradient passes, and the latent it ended with."""
 
-    stamps: list[float]
+    stamps: list[Moment]
     passes: Passes
     latent: Tensor
 
@@ -131,7 +145,7 @@ class Ran:
 
 # --- the two sides ---------------------------------------------------------------------------------------------------------
 
-Side = Callable[[Case, Meter], tuple[list[float], Tensor]]
+Side = Callable[[Case, Meter], tuple[list[Moment], Tensor]]
 
 
 class Setup:
@@ -176,7 +190,7 @@ class Setup:
 
     # Whole runs
 
-    def ours(self, case: Case, meter: Meter, memory: str) -> tuple[list[float], Tensor]:
+    def ours(self, case: Case, meter: Meter, memory: str) -> tuple[list[Moment], Tensor]:
         """What SamplerCustomAdvanced does with our node's guider."""
         import comfy.samplers
 
@@ -195,7 +209,7 @@ class Setup:
             )  # fmt: skip
             return stamps, self.model.model.process_latent_in(sampled)
 
-    def theirs(self, case: Case, meter: Meter) -> tuple[list[float], Tensor]:
+    def theirs(self, case: Case, meter: Meter) -> tuple[list[Moment], Tensor]:
         """The pipeline as it is, but for the most refinements at a threshold, which it does not let one choose."""
         sigma = float(self.sigmas(case.steps)[0])
         start, positive, negative = map(self.target.put, (case.noise * sigma / (1 + sigma**2) ** 0.5, *case.prompts))
@@ -256,21 +270,12 @@ def their_passes(pipe: Any, meter: Meter) -> Iterator[None]:
 # --- measuring -------------------------------------------------------------------------------------------------------------
 
 
-def difference(a: Tensor, b: Tensor) -> float:
-    """The largest one, as a share of the largest value."""
-    a, b = a.float().cpu(), b.float().cpu()
-    return float((a - b).abs().max() / b.abs().max())
-
-
 def same_network(target: Target) -> float:
     return SAME_NETWORK if target.exact else SAME_ROUNDED_NETWORK
 
 
 def check_networks(setup: Setup, case: Case) -> float:
-    found = difference(setup.our_forward(case), setup.their_forward(case))
-    if not found <= same_network(setup.target):
-        raise SystemExit(f"The two networks differ by {found:.1e}, so their times cannot be compared.")
-    return found
+    return require_same("The two networks", setup.our_forward(case), setup.their_forward(case), same_network(setup.target))
 
 
 def measure_time(
@@ -411,7 +416,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, help="pixels of the side, in multiples of 64 (default 256; on a GPU 512)")
     parser.add_argument("--steps", type=int, help="steps of a run (default 10; on a GPU 20)")
     add_dtype_argument(parser)
-    parser.add_argument("--pairs", type=int, default=3, help="counted turns of all variants")
+    parser.add_argument("--pairs", type=int, default=5, help="counted turns of all variants")
     parser.add_argument("--refinements", type=int, default=2, help="at each of the published thresholds")
     parser.add_argument("--memory", nargs="+", choices=("fast", "low"), default=["fast", "low"], help="time these")
     parser.add_argument("--tiny", action="store_true", help="a tiny network and a small picture, to try the benchmark itself")

@@ -25,7 +25,6 @@ from torch import Tensor
 from bench.measure import add_run_arguments, machine, publish, ratios, require_same, start, table, take_turns
 from bench.memory import AllocatedMemory, HeldTensors
 from bench.models import (
-    PIXART_AT_LEAST,
     SHAPES,
     Shape,
     Target,
@@ -236,7 +235,7 @@ def part(shape: Shape, size: int, pairs: int, target: Target) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python dev bench gradient", description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--size", type=int, help=f"pixels of the side (default 256, of PixArt {PIXART_AT_LEAST}; on a GPU 512)")
+    parser.add_argument("--size", type=int, help="pixels of the side (default 256, of PixArt 320; on a GPU 512)")
     parser.add_argument("--pairs", type=int, default=5, help="counted turns of all sides")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, to try the benchmark itself")
     add_dtype_argument(parser)
@@ -247,8 +246,8 @@ def main(argv: list[str] | None = None) -> None:
     written = []
     for name in args.shapes:
         shape = tiny(SHAPES[name]) if args.tiny else SHAPES[name]
-        size = args.size or (512 if target.on_gpu else 128 if args.tiny else 256)
-        written.append(part(shape, max(size, PIXART_AT_LEAST) if name == "pixart" else size, args.pairs, target))
+        size = args.size or shape.side(512 if target.on_gpu else 128 if args.tiny else 256)
+        written.append(part(shape, size, args.pairs, target))
         gc.collect()
     heading = f"## One gradient of a loss on attention\n\nMeasured on: {machine(target)}."
     publish("\n\n".join([heading, f"One picture, one prompt. Median of {args.pairs} turns.", *written]), args.out)

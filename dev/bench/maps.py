@@ -1,6 +1,7 @@
 """Attention maps: what capturing them adds to a sampling run, and how much memory the maps take.
 
-    python dev bench maps [--shape sd15|sdxl] [--size PX] [--steps N] [--pairs N] [--daam PYTHON] [--peer NAME=PATH] [--tiny]
+    python dev bench maps [--parts unet embedded] [--settings NAME ...] [--shape sd15|sdxl] [--size PX] [--steps N] [--pairs N]
+                          [--daam PYTHON] [--peer NAME=PATH] [--tiny]
 
 Plain sampling and sampling under AttnMapCapture take turns in one process, on an SD1.5- or SDXL-shaped U-Net of real size
 (random weights) and on the embedded model. ``--daam`` (not needed for the rest) names the Python of an environment with
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from bench.peers import NodeClass, add_peer_argument, call, inputs_of, of_each_p
 DEV = Path(__file__).resolve().parent.parent
 EMBEDDED_STEPS = 25
 PLAIN, THEIR_PLAIN = "plain", "diffusers, plain"
+PARTS = ("unet", "embedded")
 
 # name -> inputs of AttnMapCapture
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -70,11 +72,13 @@ class Measured:
         self.kept: dict[str, int] = {}
         self.notes: list[str] = []
 
-    def add_host(self, model: Any, steps: int, latent: torch.Tensor, context: int, pooled: int = 0) -> None:
+    def add_host(
+        self, settings: Sequence[str], model: Any, steps: int, latent: torch.Tensor, context: int, pooled: int = 0
+    ) -> None:
         inputs = latent, context, pooled
         self.runs[PLAIN] = sampler(model, steps, *inputs)
-        for name, settings in SETTINGS.items():
-            watched, maps = pack_nodes()["AttnMapCapture"].execute(model, **settings).args
+        for name in settings:
+            watched, maps = pack_nodes()["AttnMapCapture"].execute(model, **SETTINGS[name]).args
             self.runs[name] = self._captured(name, sampler(watched, steps, *inputs), maps)
             self.plain[name] = PLAIN
 
@@ -166,7 +170,7 @@ def daam_process(python: Path, size: int, steps: int, shape: Shape, target: Targ
             process.stdin.close()
 
 
-def peers(named: list[str]) -> dict[str, NodeClass]:
+def peers(named: Sequence[str]) -> dict[str, NodeClass]:
     """Of each other pack its sampler that records maps: a node of a MODEL and two prompts that has more outputs than a latent."""
     wanted = {"model", "positive", "negative", "latent_image"}
 
@@ -177,14 +181,22 @@ def peers(named: list[str]) -> dict[str, NodeClass]:
 
 
 def unet_part(
-    shape: Shape, size: int, steps: int, pairs: int, daam: Path | None = None, target: Target = CPU, peer: list[str] | None = None
+    shape: Shape,
+    size: int,
+    steps: int,
+    pairs: int,
+    *,
+    settings: Sequence[str] = tuple(SETTINGS),
+    daam: Path | None = None,
+    target: Target = CPU,
+    peer: Sequence[str] = (),
 ) -> tuple[str, Measured]:
     measured = Measured()
     with ExitStack() as stack:
         latent = torch.zeros(1, 4, size // 8, size // 8)
         model = host_network(shape, target)
-        measured.add_host(model, steps, latent, shape.context, shape.pooled)
-        for name, node in peers(peer or []).items():
+        measured.add_host(settings, model, steps, latent, shape.context, shape.pooled)
+        for name, node in peers(peer).items():
             measured.add_peer(name, node, model, steps, latent, shape.context)
         if daam is not None:
             measured.add_daam(stack.enter_context(daam_process(daam, size, steps, shape, target)))
@@ -193,19 +205,21 @@ def unet_part(
     return f"{title}, {target.precision}\n\n{text}", measured
 
 
-def embedded_part(steps: int, pairs: int) -> tuple[str, Measured]:
+def embedded_part(steps: int, pairs: int, settings: Sequence[str] = tuple(SETTINGS)) -> tuple[str, Measured]:
     measured = Measured()
     model = evaluate.load()[0]
-    measured.add_host(model, steps, torch.zeros(1, 3, 32, 32), 96)
+    measured.add_host(settings, model, steps, torch.zeros(1, 3, 32, 32), 96)
     text = measured.table(take_turns(measured.runs, pairs), memory_name(model.load_device))
     return f"### Embedded model, 256 px, {steps} steps, {pairs} pairs, {precision_of(model)}\n\n{text}", measured
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python dev bench maps", description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: both")
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="default: all")
     parser.add_argument("--size", type=int, help="pixels of the real-size run (default 256; on a GPU 512, of SDXL 1024)")
     parser.add_argument("--steps", type=int, help="steps of the real-size run (default 5; on a GPU 25, of SDXL 10)")
-    parser.add_argument("--pairs", type=int, default=3, help="counted turns of all variants")
+    parser.add_argument("--pairs", type=int, default=5, help="counted turns of all variants")
     add_dtype_argument(parser)
     add_shape_arguments(parser, UNETS)
     parser.add_argument("--daam", type=Path, metavar="PYTHON", help="measure daam with this Python")
@@ -219,10 +233,13 @@ def main(argv: list[str] | None = None) -> None:
     size, steps = ((1024, 10) if sdxl else (512, 25)) if target.on_gpu else (256, 5)
     if args.tiny:
         shape, size, steps = tiny(shape), 128, 2
-    unet, _ = unet_part(shape, args.size or size, args.steps or steps, args.pairs, args.daam, target, args.peer)
-    embedded, _ = embedded_part(2 if args.tiny else EMBEDDED_STEPS, args.pairs)
-    written = "\n\n".join([f"## Attention maps\n\nMeasured on: {machine(target)}.", unet, embedded])
-    publish(written, args.out)
+    written = [f"## Attention maps{', beside daam' if args.daam else ''}\n\nMeasured on: {machine(target)}."]
+    if "unet" in args.parts:
+        others = {"daam": args.daam, "peer": args.peer, "target": target, "settings": args.settings}
+        written.append(unet_part(shape, args.size or size, args.steps or steps, args.pairs, **others)[0])
+    if "embedded" in args.parts:
+        written.append(embedded_part(2 if args.tiny else EMBEDDED_STEPS, args.pairs, args.settings)[0])
+    publish("\n\n".join(written), args.out)
 
 
 if __name__ == "__main__":

@@ -68,16 +68,21 @@ def add_shape_arguments(parser: argparse.ArgumentParser, shapes: Iterable[str]) 
 
 @dataclass(frozen=True)
 class Shape:
-    """A network's layout and width, and the channels of the text it looks at and of the pooled text it is told."""
+    """A network's layout and width, the channels of the text and of the pooled text it is told, and a picture's least side."""
 
     layout: str
     channels: int
     context: int
     pooled: int = 0
+    least: int = 0
 
     @property
     def title(self) -> str:
         return f"{self.layout}-shaped {'transformer' if self.layout == 'PixArt' else 'U-Net'}"
+
+    def side(self, wanted: int) -> int:
+        """Pixels of a picture's side: as wanted, where the network can do that."""
+        return max(wanted, self.least)
 
 
 def tiny(shape: Shape) -> Shape:
@@ -86,10 +91,9 @@ def tiny(shape: Shape) -> Shape:
 
 SD15 = Shape("SD1.5", 320, 768)
 SDXL = Shape("SDXL", 320, 2048, 1280)
-PIXART = Shape("PixArt", 1152, 4096)
+PIXART = Shape("PixArt", 1152, 4096, least=320)  # below, the host divides by 0
 UNETS = {"sd15": SD15, "sdxl": SDXL}
 SHAPES = {**UNETS, "pixart": PIXART}
-PIXART_AT_LEAST = 320  # pixels: the host divides by 0 below
 TINY = tiny(SD15)  # to try a benchmark itself
 
 _UNET: dict[str, Any] = {

@@ -33,22 +33,27 @@ PARTS: dict[str, Sequence[str]] = {
     "tgate": ("--parts", "speed", "--size", "192", "--steps", "5"),
     "tgate-sdxl": ("--parts", "speed", "--shape", "sdxl", "--size", "128", "--steps", "5"),
     "tgate-pixart": ("--parts", "speed", "--shape", "pixart", "--steps", "5"),
+    "tgate-auto": ("--parts", "auto", "--prompts", "32"),
     "pareto": ("--prompts", "16", "--plot", "{plots}/pareto.svg"),
     "cache": (),
     "gradient": (),
     "excite": ("--size", "256", "--steps", "10"),
-    "distill": ("--size", "256"),
-    "maps": ("--size", "192", "--steps", "3", "--pairs", "5"),
+    "distill": ("--size", "256", "--steps", "2"),
+    "maps": ("--size", "192", "--steps", "3"),
+    "maps-daam": ("--parts", "unet", "--settings", "capture", "--size", "512", "--steps", "1"),
     "dit": ("--steps", "3"),
     "overhead": (),
     "scaling": (),
     "profile": (),
 }
 WITH_PEERS = ("tgate", "maps", "dit")
+WITH_DAAM = "maps-daam"  # left out without
 TINY = {
     "tgate": ("--tiny",), "tgate-sdxl": ("--tiny", "--shape", "sdxl"), "tgate-pixart": ("--tiny", "--shape", "pixart"),
+    "tgate-auto": ("--tiny", "--parts", "auto", "--prompts", "1"),
     "pareto": ("--prompts", "2", "--repeats", "1", "--only", "fewer steps"), "gradient": ("--tiny", "--pairs", "1"),
-    "excite": ("--tiny",), "distill": ("--tiny",), "maps": ("--tiny",), "dit": ("--tiny", "--pairs", "1"), "profile": ("--tiny",),
+    "excite": ("--tiny",), "distill": ("--tiny",), "maps": ("--tiny",), "maps-daam": ("--tiny", "--parts", "unet"),
+    "dit": ("--tiny", "--pairs", "1"), "profile": ("--tiny",),
 }  # fmt: skip
 
 
@@ -75,8 +80,8 @@ def arguments_of(name: str, args: argparse.Namespace, plots: Path) -> list[str]:
         found += ["--threads", str(args.threads)]
     if name in WITH_PEERS and not (name == "dit" and args.tiny):
         found += [item for peer in args.peer for item in ("--peer", peer)]
-    if name == "maps" and args.daam:
-        found += ["--daam", str(args.daam), "--size", "512", "--steps", "3"]
+    if name == WITH_DAAM:
+        found += ["--daam", str(args.daam)]
     return found
 
 
@@ -114,10 +119,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, to try the page itself")
     add_peer_argument(parser)
-    parser.add_argument("--daam", type=Path, metavar="PYTHON", help="measure daam with this Python")
+    parser.add_argument("--daam", type=Path, metavar="PYTHON", help="measure daam with this Python (bench maps --help)")
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args(argv)
     for name in args.only or PARTS:
+        if name == WITH_DAAM and not args.daam:
+            print(f"\n=== {name} is left out: it needs --daam PYTHON", flush=True)
+            continue
         run_part(name, args)
     print(f"\nThe page: {args.page}")
 

@@ -21,7 +21,6 @@ from torch.profiler import ProfilerActivity, profile
 from bench.gradient import WORDS, Sides
 from bench.measure import add_run_arguments, machine, now, publish, start, table
 from bench.models import (
-    PIXART_AT_LEAST,
     SHAPES,
     Shape,
     Target,
@@ -105,7 +104,7 @@ def report(shape: Shape, size: int, steps: int, target: Target) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python dev bench profile", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, help=f"pixels (default 256, of PixArt {PIXART_AT_LEAST}; on a GPU 512)")
+    parser.add_argument("--size", type=int, help="pixels (default 256, of PixArt 320; on a GPU 512)")
     parser.add_argument("--steps", type=int, default=5)
     add_dtype_argument(parser)
     add_shape_arguments(parser, SHAPES)
@@ -114,8 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     start(args)
     target = Target.here(args.dtype)
     shape = tiny(SHAPES[args.shape]) if args.tiny else SHAPES[args.shape]
-    size = args.size or (512 if target.on_gpu else 128 if args.tiny else 256)
-    size = max(size, PIXART_AT_LEAST) if args.shape == "pixart" else size
+    size = args.size or shape.side(512 if target.on_gpu else 128 if args.tiny else 256)
     heading = f"## Where the time goes: {shape.title}, {size} px\n\nMeasured on: {machine(target)}."
     publish(f"{heading}\n\n{report(shape, size, args.steps, target)}", args.out)
 

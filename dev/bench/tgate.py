@@ -35,7 +35,6 @@ from bench.measure import (
     take_turns,
 )
 from bench.models import (
-    PIXART_AT_LEAST,
     SD15,
     SHAPES,
     Shape,
@@ -230,9 +229,7 @@ def fill_in(args: argparse.Namespace) -> None:
     size, steps, repeats = ((1024, 15, 3) if sdxl else (512, 25, 5)) if gpu else (256, 10, 5)
     if args.tiny:
         size, steps, repeats = 128, 5, 1
-    if args.shape == "pixart":
-        size = max(size, PIXART_AT_LEAST)
-    args.size, args.steps, args.repeats = args.size or size, args.steps or steps, args.repeats or repeats
+    args.size, args.steps, args.repeats = args.size or SHAPES[args.shape].side(size), args.steps or steps, args.repeats or repeats
     args.parts = args.parts or (["speed"] if gpu else list(PARTS))
     args.embedded_steps = 5 if args.tiny else STEPS
 
@@ -252,7 +249,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     start(args)
     fill_in(args)
-    heading = f"## T-GATE: {SHAPES[args.shape].title}\n\nMeasured on: {machine(args.target)}."
+    title = SHAPES[args.shape].title if "speed" in args.parts else "auto mode"
+    heading = f"## T-GATE: {title}\n\nMeasured on: {machine(args.target)}."
     publish("\n\n".join([heading, *(PARTS[part](args) for part in args.parts)]), args.out)
 
 
