@@ -11,7 +11,7 @@ negative prompt is no longer computed either, so the stored value is the mean of
 Two things are not the paper's. Where the positive prompt is kept, self-attention within intervals is stored as the mean of
 both prompts as well: half of the memory, and as near to the plain picture. And the gate can be opened again every so many
 steps (``refresh_every``): such a step computes and stores everything anew, and until the next one the difference between
-the two prompts' noise predictions is kept as it was then, so that guidance goes on.
+the two prompts' noise predictions goes on as it went through the last two of them (``Guidance``).
 
 Nothing is kept on the model: a run's state (``TGateRun``) is made when sampling starts and emptied when it ends, and
 modules get another ``forward`` only for the length of one model call.
@@ -19,6 +19,7 @@ modules get another ``forward`` only for the length of one model call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from .sites import AttentionSite, Kind, attention_sites
 KEY = "fovea.tgate"
 
 POSITIVE, NEGATIVE = 0, 1
+TINY_SIGMA = 1e-6
 MAX_SHARE = 3.0
 SETTLED = 0.5  # of the largest change of the run
 
@@ -263,12 +265,13 @@ class TGateRun:
         self.cache_peak_bytes = 0
 
         self.step = -1
+        self.sigma = 0.0
         self.first_at_step = False  # not a second evaluation of the same step (Heun and its kin)
         self.latent_shape = torch.Size()  # what the sampler evaluates; context windows hand on a part of it
         self.awaits_main_call = False  # the next batch of conds is the sampler's own
         self.call: MainCall | None = None  # that batch, while it runs
         self.stored_means: bool | None = None  # what the cross-attention cache holds since the gate; None: nothing yet
-        self.guidance: Guidance | None = None  # of the last step that computed both prompts, where it is kept
+        self.guidance: Guidance | None = None  # through the last two steps that computed both prompts, where it is kept
         self.stopped = False
 
         self.change = ConvergenceMeter()
@@ -287,11 +290,20 @@ class TGateRun:
         return self._sites[id(network)]
 
     def begin_evaluation(self, sigma: float, latent_shape: torch.Size) -> None:
-        self.latent_shape = latent_shape
+        self.latent_shape, self.sigma = latent_shape, sigma
         step = self.clock.step_at(sigma)
         self.first_at_step = step != self.step
         self.step = step
         self.awaits_main_call = True
+
+    def keep_guidance(self, outputs: list[torch.Tensor]) -> None:
+        """Both prompts' predictions of this evaluation; a later one of the same step takes its place."""
+        known, sigma = self.guidance, max(self.sigma, TINY_SIGMA)
+        before = None if known is None else known.before if known.step == self.step else known.point
+        if before is not None and before.sigma <= sigma:  # the noise level has gone up since: another descent
+            before = None
+        point = GuidancePoint((outputs[POSITIVE] - outputs[NEGATIVE]) / sigma, sigma)
+        self.guidance = Guidance(self.step, point, before)
 
     def note(self, text: str) -> None:
         """Something the artist should know; said once, in the run's log line."""
@@ -325,23 +337,35 @@ class TGateRun:
 
 
 @dataclass(frozen=True)
-class Guidance:
-    """How the positive prompt's prediction of the picture differed from the negative's, (batch, channels, ...), at ``sigma``.
+class GuidancePoint:
+    """How the positive prompt's prediction of the noise differed from the negative's, (batch, channels, ...), at ``sigma``."""
 
-    A prediction of the picture is x - sigma * (prediction of the noise), so the noise's difference is this over sigma.
+    noise: torch.Tensor
+    sigma: float
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The difference between the two prompts, on a straight line over log(sigma) through the last two steps that computed both.
+
+    Attributes:
+        step: the later one's.
+        point: what it found.
+        before: what the earlier one found; None: the difference stays as it is.
     """
 
-    difference: torch.Tensor
-    sigma: torch.Tensor
+    step: int
+    point: GuidancePoint
+    before: GuidancePoint | None
 
-    @classmethod
-    def between(cls, outputs: list[torch.Tensor], sigma: torch.Tensor) -> Guidance:
-        return cls(outputs[POSITIVE] - outputs[NEGATIVE], sigma)
-
-    def at(self, sigma: torch.Tensor) -> torch.Tensor:
-        """The difference at another noise level, if that of the noise is the same."""
-        share = sigma / self.sigma.clamp(min=torch.finfo(self.sigma.dtype).tiny)
-        return self.difference * share.view(-1, *(1,) * (self.difference.ndim - 1)).to(self.difference.dtype)
+    def at(self, sigma: float) -> torch.Tensor:
+        """Of the predictions of the picture, x - sigma * noise; never further on than the two points lie apart."""
+        noise, sigma = self.point.noise, max(sigma, TINY_SIGMA)
+        if self.before is not None:
+            apart = math.log(self.point.sigma / self.before.sigma)
+            share = min(max(math.log(sigma / self.point.sigma) / apart, 0.0), 1.0)
+            noise = noise + share * (noise - self.before.noise)
+        return noise * sigma
 
 
 @dataclass
@@ -430,14 +454,13 @@ class TGate:
         def evaluate(wanted: list[Any]) -> list[torch.Tensor]:
             return executor(model, wanted, x, timestep, model_options)
 
-        return self._main_call(run, model, conds, timestep, model_options, evaluate)
+        return self._main_call(run, model, conds, model_options, evaluate)
 
     def _main_call(
         self,
         run: TGateRun,
         model: Any,
         conds: list[Any],
-        sigma: torch.Tensor,
         options: ModelOptions,
         evaluate: Callable[[list[Any]], list[torch.Tensor]],
     ) -> list[torch.Tensor]:
@@ -467,12 +490,12 @@ class TGate:
         try:
             if not (opened and may_drop):
                 outputs = evaluate(conds)
-                if keeps_guidance and run.step >= run.gate - 1:
-                    run.guidance = Guidance.between(outputs, sigma)
+                if keeps_guidance:
+                    run.keep_guidance(outputs)
             else:
                 kept = self._kept_prompt(run, pair, text_is_reused)
                 only = evaluate([cond if index == kept else None for index, cond in enumerate(conds)])[kept]
-                outputs = self._both_prompts(run, only, kept, sigma)
+                outputs = self._both_prompts(run, only, kept)
                 run.dropped.add(run.step)
             if refresh:
                 run.refreshed.add(run.step)
@@ -487,7 +510,7 @@ class TGate:
         return outputs
 
     @staticmethod
-    def _both_prompts(run: TGateRun, only: torch.Tensor, kept: int, sigma: torch.Tensor) -> list[torch.Tensor]:
+    def _both_prompts(run: TGateRun, only: torch.Tensor, kept: int) -> list[torch.Tensor]:
         """Predictions of both prompts from that of one.
 
         Without kept guidance they are equal: guidance between them is then the identity, for any scale and for every node
@@ -495,7 +518,7 @@ class TGate:
         """
         if run.guidance is None:
             return [only, only]
-        difference = run.guidance.at(sigma)
+        difference = run.guidance.at(run.sigma)
         return [only, only - difference] if kept == POSITIVE else [only + difference, only]
 
     def _may_drop(self, run: TGateRun, conds: list[Any], options: ModelOptions) -> bool:

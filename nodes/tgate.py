@@ -114,9 +114,9 @@ class TGateCache(io.ComfyNode):
                         min=0,
                         max=100,
                         optional=True,
-                        tooltip="After the gate, compute a step in full every so many steps, and keep the guidance of that step "
-                        "until the next one. 0: never, as published. 3 stays much closer to the plain picture and keeps half of "
-                        "the speed; 2 is closer still.",
+                        tooltip="After the gate, compute a step in full every so many steps; in between, guidance goes on as it "
+                        "went through the last two of them. 0: never, as published. 3 stays much closer to the plain picture "
+                        "and keeps half of the speed; 2 is closer still.",
                     )
                 ),
             ],

@@ -193,6 +193,27 @@ def test_the_more_full_steps_after_the_gate_the_nearer_to_the_plain_picture(tgat
     assert second < third < never and second < 0.5 * never
 
 
+def test_guidance_goes_on_along_a_line_over_log_sigma_and_not_far(pack):
+    from fovea_attention.attention.run import StepClock
+    from fovea_attention.attention.tgate import TGateRun, TGateSettings
+
+    run = TGateRun(TGateSettings(refresh_every=3), StepClock.from_sigmas(torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.0])), True)
+
+    def full_step(sigma: float, noise: float) -> None:
+        run.begin_evaluation(sigma, torch.Size((1, 1)))
+        run.keep_guidance([torch.tensor([[7.0 + noise * sigma]]), torch.tensor([[7.0]])])
+
+    full_step(8.0, 1.0)
+    assert run.guidance.at(2.0).item() == pytest.approx(1.0 * 2.0), "as it was, where one step is all that is known"
+    full_step(4.0, 1.5)
+    assert [run.guidance.at(sigma).item() / sigma for sigma in (4.0, 2.83, 2.0)] == pytest.approx([1.5, 1.75, 2.0], rel=1e-3)
+    assert run.guidance.at(0.5).item() == pytest.approx(2.0 * 0.5), "as far beyond as the two are apart"
+    full_step(3.0, 1.6)  # the sampler evaluates its second step once more
+    assert run.guidance.before.sigma == 8.0 and run.guidance.at(3.0).item() == pytest.approx(1.6 * 3.0)
+    full_step(8.0, 5.0)
+    assert run.guidance.before is None, "the noise level went up"
+
+
 def test_full_steps_after_the_gate_are_as_many_as_they_say(tgate, caplog):
     caplog.set_level("INFO", logger="fovea")
     model = small_model()

@@ -6,6 +6,7 @@ function, so that it says what the picture must be, slowly, in any graph that le
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +23,11 @@ class Reference:
     drop: bool = True
     share: float = 0.5  # of the positive prompt in that
     mean: bool = True  # one positive and one negative prompt: their mean is what is stored, at the gate and for intervals before
-    refresh: int = 0  # every so many steps from the gate on are computed in full; guidance is kept in between
+    refresh: int = 0  # every so many steps from the gate on are computed in full; guidance goes on in between
 
     stored: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
     kinds: dict[Any, int] = field(default_factory=dict)  # cond uuid -> 0 positive, 1 negative
-    guidance: torch.Tensor | None = None  # difference of the two noise predictions
+    full: list[tuple[int, float, torch.Tensor]] = field(default_factory=list)  # the last two: step, sigma, guidance
 
     def apply(self, model: ModelPatcher) -> ModelPatcher:
         patched = model.clone()
@@ -47,9 +48,23 @@ class Reference:
         step = self._step(args["sigma"], args["model_options"]["transformer_options"]["sample_sigmas"])
         sigma = args["sigma"].view(-1, *(1,) * (args["cond"].ndim - 1))
         if self._is_full(step):
-            self.guidance = (args["cond"] - args["uncond"]) / sigma
+            self._note(step, float(sigma.max()), (args["cond"] - args["uncond"]) / sigma)
             return args["uncond"] + (args["cond"] - args["uncond"]) * args["cond_scale"]
-        return args["cond"] + (args["cond_scale"] - 1) * self.guidance * sigma if self.refresh else args["cond"]
+        return args["cond"] + (args["cond_scale"] - 1) * self._line(float(sigma.max())) * sigma if self.refresh else args["cond"]
+
+    def _note(self, step: int, sigma: float, difference: torch.Tensor) -> None:
+        """Of a step's evaluations the last one counts; the line begins anew where the noise level went up."""
+        earlier = [point for point in self.full if point[0] != step][-1:]
+        self.full = [point for point in earlier if point[1] > sigma] + [(step, sigma, difference)]
+
+    def _line(self, sigma: float) -> torch.Tensor:
+        """Guidance over log(sigma) through the two points, at most as far beyond them as they are apart."""
+        _, last, now = self.full[-1]
+        if len(self.full) == 1:
+            return now
+        _, first, before = self.full[0]
+        beyond = math.log(last / max(sigma, last**2 / first)) / math.log(first / last)
+        return now + max(beyond, 0) * (now - before)
 
     def _attention(self, out: torch.Tensor, extra: dict[str, Any], kind: str) -> torch.Tensor:
         step = self._step(extra["sigmas"], extra["sample_sigmas"])
@@ -118,9 +133,9 @@ class ModuleReference(Reference):
         step = self._step(args["sigma"], args["model_options"]["transformer_options"]["sample_sigmas"])
         sigma = args["sigma"].view(-1, *(1,) * (args["denoised"].ndim - 1))
         if self._is_full(step):
-            self.guidance = (args["cond_denoised"] - args["uncond_denoised"]) / sigma
+            self._note(step, float(sigma.max()), (args["cond_denoised"] - args["uncond_denoised"]) / sigma)
             return args["denoised"]
-        change = (args["cond_scale"] - 1) * self.guidance * sigma if self.refresh else 0
+        change = (args["cond_scale"] - 1) * self._line(float(sigma.max())) * sigma if self.refresh else 0
         return args["cond_denoised"] + change
 
     def _note_call(self, executor: Any, *args: Any, **kwargs: Any) -> Any:

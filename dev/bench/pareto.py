@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from host_inprocess import host_node, pack_nodes
+from host_inprocess import host_node, load_pack, pack_nodes
 from scenes import evaluate
 
 from bench.measure import add_run_arguments, machine, publish, ratios, start, table, take_turns
@@ -31,20 +33,35 @@ TIMED_PICTURES = 4  # a batch
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to sample: its kind, its settings as they are shown, what it does to a MODEL, and its share of the steps."""
+    """One way to sample.
+
+    Attributes:
+        settings: as they are shown.
+        apply: what it does to a MODEL.
+        steps: its share of them.
+        reuses: False keeps T-GATE from reusing any attention, so that what is left is what it does to guidance.
+    """
 
     kind: str
     settings: str
     apply: Callable[[Any], Any] = lambda model: model
     steps: float = 1.0
+    reuses: bool = True
 
     @property
     def name(self) -> str:
         return f"{self.kind}, {self.settings}" if self.settings else self.kind
 
+    def sampling(self) -> AbstractContextManager[Any]:
+        """Within it, sampling is this variant's."""
+        load_pack()
+        from fovea_attention.attention import tgate
 
-def t_gate(settings: str, **inputs: Any) -> Variant:
-    return Variant(T_GATE, settings, lambda model: pack_nodes()["TGateCache"].execute(model, **inputs)[0])
+        return nullcontext() if self.reuses else mock.patch.object(tgate, "attention_sites", lambda network: [])
+
+
+def t_gate(settings: str, *, reuses: bool = True, **inputs: Any) -> Variant:
+    return Variant(T_GATE, settings, lambda model: pack_nodes()["TGateCache"].execute(model, **inputs)[0], reuses=reuses)
 
 
 def cached(kind: str, threshold: float) -> Variant:
@@ -65,12 +82,13 @@ VARIANTS = [
     t_gate("positive_share 1", positive_share=1),
     *(t_gate(f"refresh_every {every}", refresh_every=every) for every in (2, 3, 5)),
     *(t_gate(f"v1, refresh_every {every}", sp_interval=1, refresh_every=every) for every in (2, 3)),
-    t_gate("fi_interval 2", fi_interval=2),
+    t_gate("no attention reused", reuses=False),
+    t_gate("no attention reused, refresh_every 2", reuses=False, refresh_every=2),
     t_gate("cfg kept", cfg_after_gate="keep"),
     t_gate("as published", cfg_after_gate=PUBLISHED),
     t_gate("auto, tolerance 0.1", mode="auto", tolerance=0.1),
     *(cached(kind, threshold) for kind in (EASY, LAZY) for threshold in (0.05, 0.1, 0.2)),
-    *(Variant(FEWER, f"{share:.0%}", steps=share) for share in (0.88, 0.8, 0.64, 0.52)),
+    *(Variant(FEWER, f"{share:.0%}", steps=share) for share in (0.88, 0.84, 0.8, 0.64, 0.52)),
 ]
 KINDS = (T_GATE, EASY, LAZY, FEWER)
 
@@ -95,7 +113,8 @@ def measure_pictures(variants: Sequence[Variant], count: int, **sampling: Any) -
     plain, verdicts = torch.empty(0), [False]
     for variant in variants:
         some = {**sampling, "steps": round(variant.steps * steps)}
-        pictures = evaluate.generate(variant.apply(model), clip, vae, prompts, **some)
+        with variant.sampling():
+            pictures = evaluate.generate(variant.apply(model), clip, vae, prompts, **some)
         right = [all(finding.right for finding in picture) for picture in evaluate.score(pictures, prompts)]
         if variant.kind == PLAIN:
             plain, verdicts = pictures, right
@@ -119,7 +138,8 @@ def measure_time(found: Sequence[Found], repeats: int, *, steps: int, cfg: float
 
         @torch.inference_mode()
         def run() -> object:
-            return host_node("KSampler")(model=patched, **conds, latent_image=latent, denoise=1.0, **settings)
+            with variant.sampling():
+                return host_node("KSampler")(model=patched, **conds, latent_image=latent, denoise=1.0, **settings)
 
         return run
 
