@@ -48,11 +48,11 @@ class Reference:
         step = self._step(args["sigma"], args["model_options"]["transformer_options"]["sample_sigmas"])
         sigma = args["sigma"].view(-1, *(1,) * (args["cond"].ndim - 1))
         if self._is_full(step):
-            self._note(step, float(sigma.max()), (args["cond"] - args["uncond"]) / sigma)
+            self._note_full(step, float(sigma.max()), (args["cond"] - args["uncond"]) / sigma)
             return args["uncond"] + (args["cond"] - args["uncond"]) * args["cond_scale"]
         return args["cond"] + (args["cond_scale"] - 1) * self._line(float(sigma.max())) * sigma if self.refresh else args["cond"]
 
-    def _note(self, step: int, sigma: float, difference: torch.Tensor) -> None:
+    def _note_full(self, step: int, sigma: float, difference: torch.Tensor) -> None:
         """Of a step's evaluations the last one counts; the line begins anew where the noise level went up."""
         earlier = [point for point in self.full if point[0] != step][-1:]
         self.full = [point for point in earlier if point[1] > sigma] + [(step, sigma, difference)]
@@ -133,7 +133,7 @@ class ModuleReference(Reference):
         step = self._step(args["sigma"], args["model_options"]["transformer_options"]["sample_sigmas"])
         sigma = args["sigma"].view(-1, *(1,) * (args["denoised"].ndim - 1))
         if self._is_full(step):
-            self._note(step, float(sigma.max()), (args["cond_denoised"] - args["uncond_denoised"]) / sigma)
+            self._note_full(step, float(sigma.max()), (args["cond_denoised"] - args["uncond_denoised"]) / sigma)
             return args["denoised"]
         change = (args["cond_scale"] - 1) * self._line(float(sigma.max())) * sigma if self.refresh else 0
         return args["cond_denoised"] + change
