@@ -348,6 +348,8 @@ class GuidancePoint:
 class Guidance:
     """The difference between the two prompts, on a straight line over log(sigma) through the last two steps that computed both.
 
+    Steps that reuse self-attention are not among them: what they find is off, and a line doubles that.
+
     Attributes:
         step: the later one's.
         point: what it found.
@@ -490,7 +492,7 @@ class TGate:
         try:
             if not (opened and may_drop):
                 outputs = evaluate(conds)
-                if keeps_guidance:
+                if keeps_guidance and step_plan.self_attention is not Action.REUSE:
                     run.keep_guidance(outputs)
             else:
                 kept = self._kept_prompt(run, pair, text_is_reused)

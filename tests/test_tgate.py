@@ -162,6 +162,7 @@ def test_plan_is_the_published_table(pack):
         (4, {"sp_interval": 1, "refresh_every": 2, "positive_share": 0.0}),
         (3, {"sp_interval": 2, "fi_interval": 2, "refresh_every": 4}),
         (1, {"sp_interval": 1, "refresh_every": 2}),
+        (6, {"sp_interval": 3, "warm_up": 0, "refresh_every": 2}),
         (4, {"sp_interval": 1, "refresh_every": 3, "cfg_after_gate": "keep"}),
     ],
 )

@@ -53,7 +53,12 @@ class Reference:
         return args["cond"] + (args["cond_scale"] - 1) * self._line(float(sigma.max())) * sigma if self.refresh else args["cond"]
 
     def _note_full(self, step: int, sigma: float, difference: torch.Tensor) -> None:
-        """Of a step's evaluations the last one counts; the line begins anew where the noise level went up."""
+        """Of a step's evaluations the last one counts; the line begins anew where the noise level went up.
+
+        A step that reuses self-attention is no point of the line.
+        """
+        if step < self.gate - 1 and step > self.warm_up and step % self.sp:
+            return
         earlier = [point for point in self.full if point[0] != step][-1:]
         self.full = [point for point in earlier if point[1] > sigma] + [(step, sigma, difference)]
 
