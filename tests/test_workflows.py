@@ -267,12 +267,12 @@ T_GATE = workflow_files.FOLDER / "T-GATE - same picture, faster.json"
 
 
 def test_the_t_gate_workflow_shows_the_nodes_defaults_and_keeps_the_picture(object_info: dict[str, Any]) -> None:
-    """When the defaults move, the template moves with them; full steps after the gate are what makes its title true."""
+    """When the defaults move, the template moves with them; full steps and all self-attention are what makes its title true."""
     node = next(node for node in load(T_GATE)["nodes"] if node["type"] == "TGateCache")
     inputs = object_info["TGateCache"]["input"]
     spec = {**inputs["required"], **inputs["optional"]}
     widgets = {name: options[0]["default"] for name, (kind, *options) in spec.items() if kind in WIDGET_TYPES}
-    assert node["widgets_values"] == [*{**widgets, "refresh_every": 3}.values()]
+    assert node["widgets_values"] == [*{**widgets, "sp_interval": 1, "refresh_every": 2}.values()]
 
 
 def test_the_t_gate_workflow_compares_equal_runs() -> None:
