@@ -38,7 +38,7 @@ PARTS: dict[str, Sequence[str]] = {
     "cache": (),
     "gradient": (),
     "excite": ("--size", "256", "--steps", "10"),
-    "distill": ("--size", "256", "--steps", "2", "--iterations", "2"),
+    "distill": ("--size", "192", "--steps", "2", "--iterations", "2"),
     "maps": ("--size", "192", "--steps", "3"),
     "maps-daam": ("--parts", "unet", "--settings", "capture", "--size", "512", "--steps", "1"),
     "dit": ("--steps", "3"),
