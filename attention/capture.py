@@ -29,7 +29,7 @@ from .maps import AttnMaps, Grid
 from .placement import CallContext, Placement, joint_placement, picture_rows
 from .probabilities import AttentionInputs, attention_inputs, row_probabilities
 from .recorder import CaptureRun, CaptureSettings, Track, pooled_mass, pooled_queries, self_grid
-from .run import StepClock
+from .run import StepClock, follow_sampler, read_sigma
 from .sites import (
     LEFT_PADDED_MODELS,
     CaptureLayer,
@@ -283,11 +283,13 @@ class Capture:
         log.info(run.summary())
         return result
 
+    sampler_sample = staticmethod(follow_sampler)
+
     def predict_noise(self, executor: Any, x: Tensor, timestep: Tensor, model_options: ModelOptions, seed: Any = None) -> Any:
         run = host.run_state(model_options, self.key)
         if run is not None:
             run.prompts = executor.class_obj.conds
-            sigma, model_options = host.read_sigma(timestep, model_options)
+            sigma, model_options = read_sigma(timestep, model_options)
             run.begin_evaluation(sigma)
         return executor(x, timestep, model_options, seed)
 

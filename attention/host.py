@@ -33,7 +33,6 @@ TransformerOptions = dict[str, Any]
 
 # Set in transformer_options by the pack's own extra passes (gradients, references): caches and recorders let them through.
 PRIVATE_PASS = "fovea.private_pass"
-_SIGMA = "fovea.sigma"
 
 # transformer_options: a function that takes the place of every attention call that passes its transformer_options on.
 _ATTENTION_OVERRIDE = "optimized_attention_override"
@@ -47,6 +46,7 @@ _APPLY_MODEL_CONTEXT, _APPLY_MODEL_CONTROL = 3, 4
 
 _WRAPPER_KINDS = {
     "outer_sample": WrappersMP.OUTER_SAMPLE,
+    "sampler_sample": WrappersMP.SAMPLER_SAMPLE,
     "predict_noise": WrappersMP.PREDICT_NOISE,
     "calc_cond_batch": WrappersMP.CALC_COND_BATCH,
     "apply_model": WrappersMP.APPLY_MODEL,
@@ -59,8 +59,8 @@ _WRAPPER_KINDS = {
 def attach(model: ModelPatcher, key: str, technique: object) -> ModelPatcher:
     """A clone of ``model`` whose sampling runs through ``technique``'s methods.
 
-    A method named after a kind of wrapper (``outer_sample``, ``predict_noise``, ``calc_cond_batch``, ``apply_model``)
-    becomes that wrapper. Attaching the same key again replaces what was there.
+    A method named after a kind of wrapper (``outer_sample``, ``sampler_sample``, ``predict_noise``, ``calc_cond_batch``,
+    ``apply_model``) becomes that wrapper. Attaching the same key again replaces what was there.
     """
     clone = detach(model, key)
     for name, kind in _WRAPPER_KINDS.items():
@@ -82,31 +82,24 @@ def detach(model: ModelPatcher, key: str) -> ModelPatcher:
 def run_scope(guider: Any, key: str, state: object) -> Iterator[None]:
     """Keep ``state`` in the guider's options while one sampling run lasts (inside an OUTER_SAMPLE wrapper)."""
     original = guider.model_options
-    guider.model_options = {**original, "transformer_options": {**original.get("transformer_options", {}), key: state}}
+    guider.model_options = with_state(original, key, state)
     try:
         yield
     finally:
         guider.model_options = original
 
 
+def with_state(options: ModelOptions, key: str, state: object) -> ModelOptions:
+    """Model options that carry ``state`` for ``run_state``."""
+    return {**options, "transformer_options": {**options.get("transformer_options", {}), key: state}}
+
+
 def run_state(options: ModelOptions | TransformerOptions, key: str) -> Any:
-    """The state that ``run_scope`` put there, from model options or transformer options; None outside such a run."""
+    """The state that was put there, from model options or transformer options; None outside such a run."""
     return options.get("transformer_options", options).get(key)
 
 
 # --- reading a call -------------------------------------------------------------------------------------------------
-
-
-def read_sigma(timestep: torch.Tensor, options: ModelOptions) -> tuple[float, ModelOptions]:
-    """The noise level of a model call, and the options to go on with.
-
-    A GPU is waited for where a value is read: of all nodes that ask, the first one reads, and tells the others by the options.
-    """
-    sigma = options.get(_SIGMA)
-    if sigma is None:
-        sigma = float(timestep.max())
-        options = {**options, _SIGMA: sigma}
-    return sigma, options
 
 
 def apply_model_options(args: Sequence[Any]) -> TransformerOptions:
@@ -365,6 +358,16 @@ def denoise_mask(model: Any, call: Mapping[str, Any], sigma: torch.Tensor) -> to
     if mask is None or function is None:
         return mask
     return function(sigma, mask, extra_options={"model": model.inner_model, "sigmas": model.sigmas})
+
+
+def is_hosts_own_loop(sampler: Any) -> bool:
+    """Whether a SAMPLER's loop is one that the host brings, so that what it tells its progress bar is known.
+
+    Noise added on the way (``s_churn``) gives it other sigmas than the schedule's.
+    """
+    if not is_k_sampler(sampler) or sampler.extra_options.get("s_churn"):
+        return False
+    return str(getattr(sampler.sampler_function, "__module__", "")).split(".")[0] == "comfy"
 
 
 def is_flow(base_model: Any) -> bool:

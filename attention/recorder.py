@@ -90,6 +90,7 @@ class Track:
     Attributes:
         step: this step's maps by grid: the sum over layers and heads, and how many went in.
         before: the last step's maps on the finest grid, (batch, tokens, frames, height, width).
+        step_maps: every step's, in half precision, where they were made: to bring each one to the CPU would make it wait.
     """
 
     prompt: str
@@ -130,7 +131,7 @@ class Track:
         self.steps.append(step)
         self.before = maps
         if keep_maps:
-            self.step_maps.append(maps.to("cpu", torch.float16))
+            self.step_maps.append(maps.half())
 
     def average_heads(self) -> None:
         for layer in self.layers.values():
@@ -454,7 +455,9 @@ class CaptureRun:
             name: LayerMaps(layer.heads, self._final(layer, grid, resized_fit)) for name in names if (layer := track.layers[name])
         }
         tokens = {layer.maps.shape[2] for layer in layers.values()}
-        figures = None
+        step_maps = figures = None
+        if track.step_maps:
+            step_maps = torch.stack([resized(maps, grid[1:]).half() for maps in track.step_maps]).cpu()
         if track.figures:
             figures = StepFigures(*(torch.stack(values).cpu().clone() for values in zip(*track.figures, strict=True)))
         return PromptMaps(
@@ -463,7 +466,7 @@ class CaptureRun:
             grid=grid,
             layers=layers,
             steps=track.steps,
-            step_maps=torch.stack([resized(maps, grid[1:]).half() for maps in track.step_maps]) if track.step_maps else None,
+            step_maps=step_maps,
             figures=figures,
             self_attention=[
                 SelfAttention(own, entry.weight, (entry.total / entry.weight).cpu().clone())

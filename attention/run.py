@@ -1,10 +1,20 @@
-"""Time inside one sampling run: which step a model call belongs to, whatever the sampler does."""
+"""Time inside one sampling run: which noise level and which step a model call belongs to, whatever the sampler does."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from . import host
+from .host import ModelOptions
+
+_LEVELS, _SIGMA = "fovea.noise_levels", "fovea.sigma"
+
+# Steps in which every noise level is read, even where it could be known: as many as the host's multistep loops need to begin.
+_CHECKED_STEPS = 4
 
 # A sampler may hand back a sigma that went through float32 arithmetic or a table of timesteps.
 _RELATIVE_SLACK = 1e-4
@@ -33,3 +43,59 @@ class StepClock:
         """Index of the step that sigma belongs to, 0 .. steps - 1."""
         reached = sum(start >= sigma * (1 - _RELATIVE_SLACK) for start in self.sigmas[:-1])
         return max(reached - 1, 0)
+
+
+class NoiseLevels:
+    """The noise levels that a sampler evaluates, told from its progress calls as far as that is certain.
+
+    A value that Python reads from a tensor makes it wait until the GPU has done all that it was asked for. So not every level is
+    read: most of the host's own loops evaluate at ``sigmas[i]`` only, between the progress calls of steps i - 1 and i. Whether
+    this one does shows in its first steps, which are read; where one of them is at another level, all are.
+    """
+
+    def __init__(self, sigmas: torch.Tensor, sampler: Any) -> None:
+        self._sigmas: list[float] = sigmas.tolist()
+        self._done = 0  # steps that the sampler has told its progress bar of
+        self._follows_schedule = host.is_hosts_own_loop(sampler)
+
+    def hearing(self, progress: Callable[..., None] | None) -> Callable[..., None]:
+        """``progress(step, denoised, x, steps)``, which the sampler calls once in each step, listened to."""
+
+        def heard(step: int, *args: Any) -> None:
+            self._done = step + 1
+            if progress is not None:
+                progress(step, *args)
+
+        return heard
+
+    def at(self, timestep: torch.Tensor) -> float:
+        """The level of one evaluation, whose batch has ``timestep`` (sigmas, all equal)."""
+        expected = self._sigmas[self._done] if self._done < len(self._sigmas) - 1 else None
+        if self._follows_schedule and self._done >= _CHECKED_STEPS and expected is not None:
+            return expected
+        sigma = float(timestep.max())
+        if expected is None or abs(sigma - expected) > _RELATIVE_SLACK * expected:
+            self._follows_schedule = False
+        return sigma
+
+
+def follow_sampler(
+    executor: Any, guider: Any, sigmas: torch.Tensor, extra_args: dict[str, Any], progress: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """A SAMPLER_SAMPLE wrapper for techniques that ``read_sigma``; the first one of a run listens for all of them."""
+    options = extra_args["model_options"]
+    if host.run_state(options, _LEVELS) is None:
+        levels = NoiseLevels(sigmas, executor.class_obj)
+        extra_args = {**extra_args, "model_options": host.with_state(options, _LEVELS, levels)}
+        progress = levels.hearing(progress)
+    return executor(guider, sigmas, extra_args, progress, *args, **kwargs)
+
+
+def read_sigma(timestep: torch.Tensor, options: ModelOptions) -> tuple[float, ModelOptions]:
+    """The noise level of a sampler's evaluation, and the options to go on with, which tell it to the other nodes."""
+    sigma = options.get(_SIGMA)
+    if sigma is None:
+        levels: NoiseLevels | None = host.run_state(options, _LEVELS)
+        sigma = float(timestep.max()) if levels is None else levels.at(timestep)
+        options = {**options, _SIGMA: sigma}
+    return sigma, options

@@ -31,7 +31,7 @@ import torch
 
 from . import host
 from .host import ModelOptions, TransformerOptions, log
-from .run import StepClock
+from .run import StepClock, follow_sampler, read_sigma
 from .sites import AttentionSite, Kind, attention_sites
 
 KEY = "fovea.tgate"
@@ -432,12 +432,14 @@ class TGate:
             log.info(run.summary())
             run.release()
 
+    sampler_sample = staticmethod(follow_sampler)
+
     def predict_noise(
         self, executor: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: ModelOptions, seed: Any = None
     ) -> Any:
         run = host.run_state(model_options, KEY)
         if run is not None:
-            sigma, model_options = host.read_sigma(timestep, model_options)
+            sigma, model_options = read_sigma(timestep, model_options)
             run.begin_evaluation(sigma, x.shape)
         return executor(x, timestep, model_options, seed)
 

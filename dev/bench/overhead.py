@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from host_inprocess import ROOT, pack_nodes
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import add_run_arguments, machine, publish, start, table
@@ -58,9 +59,7 @@ def per_step(apply: Callable[[Any], Any], model: Any, steps: int, repeats: int =
     return 1000 * statistics.median(own_seconds(run) / steps for _ in range(repeats))
 
 
-class ValueReads(TorchDispatchMode):
-    """Counts how often Python asks for a value of a tensor."""
-
+class _Values(TorchDispatchMode):
     READS = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "equal", "allclose")
 
     def __init__(self) -> None:
@@ -70,6 +69,41 @@ class ValueReads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func._overloadpacket.__name__ in self.READS
         return func(*args, **(kwargs or {}))
+
+
+class _Copies(TorchFunctionMode):
+    """What brings a tensor to the CPU by that name; there is no other trace of it where the tensor is on the CPU already."""
+
+    COPIES = (torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.count += func in self.COPIES or (func is torch.Tensor.to and "cpu" in (*args[1:2], kwargs.get("device")))
+        return func(*args, **kwargs)
+
+
+class ValueReads:
+    """Counts how often Python asks for a value of a tensor, or for all of them."""
+
+    def __init__(self) -> None:
+        self._modes = (_Values(), _Copies())
+
+    def __enter__(self) -> ValueReads:
+        for mode in self._modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*error)
+
+    @property
+    def count(self) -> int:
+        return sum(mode.count for mode in self._modes)
 
 
 def reads_per_step(apply: Callable[[Any], Any], model: Any, steps: int = 10) -> float:
