@@ -82,16 +82,25 @@ def detach(model: ModelPatcher, key: str) -> ModelPatcher:
 def run_scope(guider: Any, key: str, state: object) -> Iterator[None]:
     """Keep ``state`` in the guider's options while one sampling run lasts (inside an OUTER_SAMPLE wrapper)."""
     original = guider.model_options
-    guider.model_options = with_state(original, key, state)
+    guider.model_options = {**original, "transformer_options": {**original.get("transformer_options", {}), key: state}}
     try:
         yield
     finally:
         guider.model_options = original
 
 
-def with_state(options: ModelOptions, key: str, state: object) -> ModelOptions:
-    """Model options that carry ``state`` for ``run_state``."""
-    return {**options, "transformer_options": {**options.get("transformer_options", {}), key: state}}
+@contextmanager
+def sampler_scope(options: ModelOptions, key: str, state: object) -> Iterator[None]:
+    """Keep ``state`` in the options that a sampler hands to its model (inside a SAMPLER_SAMPLE wrapper).
+
+    In those very options, and not a copy: another node may hold on to them and change them while the sampler runs.
+    """
+    transformer = options.setdefault("transformer_options", {})
+    transformer[key] = state
+    try:
+        yield
+    finally:
+        del transformer[key]
 
 
 def run_state(options: ModelOptions | TransformerOptions, key: str) -> Any:

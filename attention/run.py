@@ -84,11 +84,11 @@ def follow_sampler(
 ) -> Any:
     """A SAMPLER_SAMPLE wrapper for techniques that ``read_sigma``; the first one of a run listens for all of them."""
     options = extra_args["model_options"]
-    if host.run_state(options, _LEVELS) is None:
-        levels = NoiseLevels(sigmas, executor.class_obj)
-        extra_args = {**extra_args, "model_options": host.with_state(options, _LEVELS, levels)}
-        progress = levels.hearing(progress)
-    return executor(guider, sigmas, extra_args, progress, *args, **kwargs)
+    if host.run_state(options, _LEVELS) is not None:
+        return executor(guider, sigmas, extra_args, progress, *args, **kwargs)
+    levels = NoiseLevels(sigmas, executor.class_obj)
+    with host.sampler_scope(options, _LEVELS, levels):
+        return executor(guider, sigmas, extra_args, levels.hearing(progress), *args, **kwargs)
 
 
 def read_sigma(timestep: torch.Tensor, options: ModelOptions) -> tuple[float, ModelOptions]:

@@ -159,6 +159,40 @@ def test_a_run_that_broke_off_leaves_the_next_one_its_own_levels(tgate, model):
     assert watch.all_true() and len(watch.levels) == 5 + STEPS
 
 
+@pytest.mark.parametrize("breaks_at", [None, 4])
+def test_the_samplers_own_options_are_used_and_left_as_they_were(tgate, model, breaks_at):
+    """Another node may hold on to them and change them while the sampler runs."""
+    seen: list[Any] = []
+
+    def holds(executor: Any, guider: Any, sigmas: Any, extra_args: dict[str, Any], *args: Any) -> Any:
+        options = extra_args["model_options"]["transformer_options"]
+        before = dict(options)
+        seen.append(options)
+        try:
+            return executor(guider, sigmas, extra_args, *args)
+        finally:
+            assert options == before | {"another": 0}
+
+    def changes(step: int, *args: Any) -> None:
+        seen[0]["another"] = 0
+        if step == breaks_at:
+            raise RuntimeError("enough")
+
+    def reads(executor: Any, x: Any, timestep: Any, options: Any, *args: Any) -> Any:
+        seen.append(options["transformer_options"].get("another"))
+        return executor(x, timestep, options, *args)
+
+    held = model.clone()
+    held.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "holds", holds)
+    held = tgate(held)
+    held.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "reads", reads)
+    try:
+        sample(held, steps=STEPS, callback=changes)
+    except RuntimeError as error:
+        assert breaks_at is not None and str(error) == "enough"
+    assert seen[1:] == [None] + [0] * ((breaks_at or STEPS - 1))
+
+
 def test_progress_is_told_as_without_the_pack(tgate, model):
     told: dict[bool, list[Any]] = {False: [], True: []}
     for gated, calls in told.items():
