@@ -376,8 +376,8 @@ def test_figures_in_the_readme_are_those_of_the_page():
     spans = FIGURES.findall(readme)
     named = [name for names, _ in spans for name in names.split(", ")]
     assert {*named} >= {
-        "tgate", "tgate-sdxl", "tgate-pixart", "pareto", "cache", "gradient", "maps", "maps-daam", "excite", "distill",
-        "dit", "overhead",
+        "tgate", "tgate-sdxl", "tgate-pixart", "tgate-auto", "pareto", "cache", "gradient", "maps", "maps-daam", "excite",
+        "distill", "dit", "overhead",
     }  # fmt: skip
     assert [name for name in named if page.part_of(shown, name) is None] == [], "docs/benchmarks.md has no such parts"
     for names, text in spans:
