@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import math
 import re
+from collections.abc import Sequence
 from types import ModuleType
 
 import pytest
@@ -358,6 +359,14 @@ def test_commands_on_the_page_name_no_machine(tmp_path):
     assert page.shown_command("pareto", words, tmp_path) == (
         "python dev bench pareto --plot docs/benchmarks/pareto.svg --peer Other=PATH --daam PYTHON"
     )
+
+
+def test_a_trial_of_the_page_has_the_parts_of_the_real_one():
+    def chosen(words: Sequence[str]) -> dict[str, str]:
+        return {word: words[place + 1] for place, word in enumerate(words) if word in ("--parts", "--shape")}
+
+    assert {*page.TINY} <= {*page.PARTS}
+    assert {name: chosen(page.TINY[name]) for name in page.TINY} == {name: chosen(page.PARTS[name]) for name in page.TINY}
 
 
 def test_a_part_for_want_of_daam_is_left_out(tmp_path, capsys):

@@ -49,7 +49,8 @@ PARTS: dict[str, Sequence[str]] = {
 WITH_PEERS = ("tgate", "maps", "dit")
 WITH_DAAM = "maps-daam"  # left out without
 TINY = {
-    "tgate": ("--tiny",), "tgate-sdxl": ("--tiny", "--shape", "sdxl"), "tgate-pixart": ("--tiny", "--shape", "pixart"),
+    "tgate": ("--tiny", "--parts", "speed"), "tgate-sdxl": ("--tiny", "--parts", "speed", "--shape", "sdxl"),
+    "tgate-pixart": ("--tiny", "--parts", "speed", "--shape", "pixart"),
     "tgate-auto": ("--tiny", "--parts", "auto", "--prompts", "1"),
     "pareto": ("--prompts", "2", "--repeats", "1", "--only", "fewer steps"), "gradient": ("--tiny", "--pairs", "1"),
     "excite": ("--tiny",), "distill": ("--tiny",), "maps": ("--tiny",), "maps-daam": ("--tiny", "--parts", "unet"),
