@@ -90,7 +90,7 @@ class Track:
     Attributes:
         step: this step's maps by grid: the sum over layers and heads, and how many went in.
         before: the last step's maps on the finest grid, (batch, tokens, frames, height, width).
-        step_maps: every step's, in half precision, where they were made: to bring each one to the CPU would make it wait.
+        step_maps: every step's, in half precision, where they were made: each copy to the CPU would be waited for.
     """
 
     prompt: str

@@ -37,7 +37,7 @@ from .sites import AttentionSite, Kind, attention_sites
 KEY = "fovea.tgate"
 
 POSITIVE, NEGATIVE = 0, 1
-TINY_SIGMA = 1e-6
+TINY_SIGMA = 1e-6  # what a sigma of 0 counts as where it is divided by
 MAX_SHARE = 3.0
 SETTLED = 0.5  # of the largest change of the run
 
@@ -298,8 +298,9 @@ class TGateRun:
 
     def keep_guidance(self, outputs: list[torch.Tensor]) -> None:
         """Both prompts' predictions of this evaluation; a later one of the same step takes its place."""
-        known, sigma = self.guidance, max(self.sigma, TINY_SIGMA)
-        before = None if known is None else known.before if known.step == self.step else known.point
+        sigma, before = max(self.sigma, TINY_SIGMA), None
+        if self.guidance is not None:
+            before = self.guidance.before if self.guidance.step == self.step else self.guidance.point
         if before is not None and before.sigma <= sigma:  # the noise level has gone up since: another descent
             before = None
         point = GuidancePoint((outputs[POSITIVE] - outputs[NEGATIVE]) / sigma, sigma)

@@ -71,11 +71,11 @@ def tgate(node_classes):
     return lambda model: node_classes["TGateCache"].execute(model)[0]
 
 
-def run_with(model: Any, sampler: Any, steps: int = STEPS) -> torch.Tensor:
+def run_with(model: Any, sampler: Any) -> torch.Tensor:
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(cond(0), cond(1))
     guider.set_cfg(5.0)
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", STEPS)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     return guider.sample(noise, torch.zeros(1, 4, 8, 8), sampler, sigmas, disable_pbar=True, seed=1)
 

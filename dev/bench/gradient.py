@@ -25,6 +25,7 @@ from torch import Tensor
 from bench.measure import add_run_arguments, machine, publish, ratios, require_same, start, table, take_turns
 from bench.memory import AllocatedMemory, HeldTensors
 from bench.models import (
+    PIXART,
     SHAPES,
     Shape,
     Target,
@@ -235,7 +236,7 @@ def part(shape: Shape, size: int, pairs: int, target: Target) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python dev bench gradient", description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--size", type=int, help="pixels of the side (default 256, of PixArt 320; on a GPU 512)")
+    parser.add_argument("--size", type=int, help=f"pixels of the side (default 256, of PixArt {PIXART.least}; on a GPU 512)")
     parser.add_argument("--pairs", type=int, default=5, help="counted turns of all sides")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, to try the benchmark itself")
     add_dtype_argument(parser)

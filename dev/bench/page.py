@@ -35,6 +35,7 @@ PARTS: dict[str, Sequence[str]] = {
     "tgate-pixart": ("--parts", "speed", "--shape", "pixart", "--steps", "5"),
     "tgate-auto": ("--parts", "auto", "--prompts", "32"),
     "pareto": ("--prompts", "16", "--plot", "{plots}/pareto.svg"),
+    "pareto-intervals": ("--prompts", "16", "--intervals"),
     "cache": (),
     "gradient": (),
     "excite": ("--size", "256", "--steps", "10"),
@@ -52,7 +53,8 @@ TINY = {
     "tgate": ("--tiny", "--parts", "speed"), "tgate-sdxl": ("--tiny", "--parts", "speed", "--shape", "sdxl"),
     "tgate-pixart": ("--tiny", "--parts", "speed", "--shape", "pixart"),
     "tgate-auto": ("--tiny", "--parts", "auto", "--prompts", "1"),
-    "pareto": ("--prompts", "2", "--repeats", "1", "--only", "fewer steps"), "gradient": ("--tiny", "--pairs", "1"),
+    "pareto": ("--prompts", "2", "--repeats", "1", "--only", "fewer steps"),
+    "pareto-intervals": ("--prompts", "2", "--repeats", "1", "--intervals"), "gradient": ("--tiny", "--pairs", "1"),
     "excite": ("--tiny",), "distill": ("--tiny",), "maps": ("--tiny",), "maps-daam": ("--tiny", "--parts", "unet"),
     "dit": ("--tiny", "--pairs", "1"), "profile": ("--tiny",),
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """T-GATE beside what else makes sampling faster: how near each stays to the plain picture, and how much time it saves.
 
-    python dev bench pareto [--prompts N] [--repeats N] [--cfg X] [--steps N] [--only KIND ...] [--plot FILE] [--out FILE]
+    python dev bench pareto [--prompts N] [--repeats N] [--cfg X] [--steps N] [--only KIND ...] [--intervals] [--plot FILE]
+                            [--out FILE]
 
 On the embedded model: T-GATE's settings, the host's EasyCache and LazyCache, and simply fewer steps. Agreement with the plain
 picture is that of the detector's verdict (both objects right), PSNR, and MS-SSIM (Wang et al., 2003), all of the same prompts
@@ -91,6 +92,14 @@ VARIANTS = [
     *(Variant(FEWER, f"{share:.0%}", steps=share) for share in (0.88, 0.84, 0.8, 0.64, 0.52)),
 ]
 KINDS = (T_GATE, EASY, LAZY, FEWER)
+
+# Of self-attention, before the gate (sp_interval; 1 is v1) and after it.
+INTERVALS = [
+    Variant(PLAIN, ""),
+    t_gate("defaults (sp_interval 5, fi_interval 1)"),
+    *(t_gate(f"sp_interval {every}", sp_interval=every) for every in (1, 2)),
+    *(t_gate(f"fi_interval {every}", fi_interval=every) for every in (2, 5)),
+]
 
 
 @dataclass
@@ -207,18 +216,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--cfg", type=float, default=5.0)
     parser.add_argument("--only", nargs="+", choices=KINDS, help="these kinds, beside the plain run")
+    parser.add_argument("--intervals", action="store_true", help="T-GATE's intervals instead")
     parser.add_argument("--plot", type=Path, help="draw nearness against speed here (.png or .svg)")
     add_run_arguments(parser)
     args = parser.parse_args(argv)
     start(args)
-    variants = [variant for variant in VARIANTS if variant.kind in (PLAIN, *(args.only or KINDS))]
+    chosen = INTERVALS if args.intervals else VARIANTS
+    variants = [variant for variant in chosen if variant.kind in (PLAIN, *(args.only or KINDS))]
     sampling = {"steps": args.steps, "cfg": args.cfg}
     found = measure_pictures(variants, args.prompts, **sampling)
     measure_time(found, args.repeats, **sampling)
     if args.plot:
         plot(found, args.plot)
     text = report(found, args.prompts, args.repeats, **sampling)
-    publish(f"## T-GATE and what else makes sampling faster\n\nMeasured on: {machine(Target.here())}.\n\n{text}", args.out)
+    title = "T-GATE's intervals" if args.intervals else "T-GATE and what else makes sampling faster"
+    publish(f"## {title}\n\nMeasured on: {machine(Target.here())}.\n\n{text}", args.out)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.gradient import WORDS, Sides
 from bench.measure import add_run_arguments, machine, now, publish, start, table
 from bench.models import (
+    PIXART,
     SHAPES,
     Shape,
     Target,
@@ -104,7 +105,7 @@ def report(shape: Shape, size: int, steps: int, target: Target) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python dev bench profile", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, help="pixels (default 256, of PixArt 320; on a GPU 512)")
+    parser.add_argument("--size", type=int, help=f"pixels (default 256, of PixArt {PIXART.least}; on a GPU 512)")
     parser.add_argument("--steps", type=int, default=5)
     add_dtype_argument(parser)
     add_shape_arguments(parser, SHAPES)
