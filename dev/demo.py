@@ -15,7 +15,7 @@ import workflow_files
 from host_archives import host_version_of
 from host_server import HostServer, Prompt, Result, ServerError, WorkflowError
 
-WORKFLOW = "T-GATE - same picture, faster"
+WORKFLOW = "T-GATE - same image, faster"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -285,5 +285,5 @@ def test_help_pages_open(ui: FrontEnd, our_nodes: list[str]) -> None:
         title = (HELP / f"{kind}.md").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
         ui.open_help(kind)
         expect(ui.page.get_by_role("heading", name=title, exact=True, level=1)).to_be_visible()
-        shown = ui.page.locator("img[src*='/docs/pictures/']").element_handle()
+        shown = ui.page.locator("img[src*='/docs/images/']").element_handle()
         ui.page.wait_for_function("(picture) => picture.naturalWidth > 0", arg=shown)

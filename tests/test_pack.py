@@ -304,7 +304,7 @@ def test_the_archive_for_users_holds_what_they_need_and_no_more(archive: Path) -
     kept = {path.relative_to(archive).as_posix() for path in archive.rglob("*") if path.is_file()}
     folders = {"attention", "nodes", "workflows", "subgraphs", "web", "locales"}
     assert {name.split("/")[0] for name in kept if "/" in name} == folders
-    assert {"__init__.py", "pyproject.toml", "LICENSE", "nodes/tgate.py", "workflows/T-GATE - same picture, faster.jpg"} <= kept
+    assert {"__init__.py", "pyproject.toml", "LICENSE", "nodes/tgate.py", "workflows/T-GATE - same image, faster.jpg"} <= kept
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "web" / "docs").rglob("*.md")} <= kept
 
 

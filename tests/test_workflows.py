@@ -33,7 +33,7 @@ TITLE_BAR = 30
 each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 # Of those that distil, which take longest, the others show that the sampler works on the oldest host.
 LONG = (
-    "repaint a picture", "seamless and large textures", "style from a picture", "style from several pictures", "texture",
+    "repaint an image", "seamless and large textures", "style from an image", "style from several images", "texture",
     "texture by labels",
 )  # fmt: skip
 each_run = pytest.mark.parametrize(
@@ -44,7 +44,7 @@ each_run = pytest.mark.parametrize(
 
 
 def test_there_are_workflows() -> None:
-    assert "T-GATE - same picture, faster" in {path.stem for path in WORKFLOWS}
+    assert "T-GATE - same image, faster" in {path.stem for path in WORKFLOWS}
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def test_it_runs_on_the_real_server(path: Path, run: Callable[[Path], Run], obje
 # ------------------------------------------------------------------------------------------ T-GATE
 
 
-T_GATE = workflow_files.FOLDER / "T-GATE - same picture, faster.json"
+T_GATE = workflow_files.FOLDER / "T-GATE - same image, faster.json"
 
 
 def test_the_t_gate_workflow_shows_the_nodes_defaults_and_keeps_the_picture(object_info: dict[str, Any]) -> None:
@@ -302,7 +302,7 @@ def test_the_t_gate_workflow_reuses_attention(run: Callable[[Path], Run]) -> Non
 # ------------------------------------------------------------------------------------------ Attend-and-Excite
 
 
-EXCITE = workflow_files.FOLDER / "Attend-and-Excite - every subject in the picture.json"
+EXCITE = workflow_files.FOLDER / "Attend-and-Excite - every subject in the image.json"
 
 
 def test_the_excite_workflow_shows_the_nodes_defaults(object_info: dict[str, Any]) -> None:
@@ -344,7 +344,7 @@ def test_the_excite_workflow_guides_half_of_the_steps(run: Callable[[Path], Run]
 # ------------------------------------------------------------------------------------------ DiT
 
 
-DIT = workflow_files.FOLDER / "DiT - class to picture.json"
+DIT = workflow_files.FOLDER / "DiT - class to image.json"
 DIT_FASTER = workflow_files.FOLDER / "DiT - faster, and where it looks.json"
 
 
