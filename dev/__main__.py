@@ -20,9 +20,8 @@ if sys.version_info < (3, 10):  # noqa: UP036 - said plainly instead of a Syntax
 
 import demo
 import environment
-import host_archives
 import suite
-from stages import SetupError
+from environment import SetupError
 
 INSIDE = "FOVEA_INSIDE"
 _SHARED_BY_BENCHMARKS = {"__init__", "measure", "memory", "models", "peers", "similarity", "daam_worker", "tgate_diffusers"}
@@ -66,8 +65,8 @@ def prepare(arguments: argparse.Namespace) -> environment.Environment:
     if arguments.python:
         raise SetupError("--python goes with --comfyui: without it, this makes its own Python")
     if arguments.command in ("test", "env"):
-        return environment.ensure(host_archives.chosen_hosts(getattr(arguments, "host", None)))
-    return environment.ensure(host_archives.HOSTS[:1])
+        return environment.ensure(environment.chosen_hosts(getattr(arguments, "host", None)))
+    return environment.ensure(environment.HOSTS[:1])
 
 
 def hand_over(made: environment.Environment, rest: list[str]) -> int:
@@ -94,8 +93,8 @@ def run_inside(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.command in ("eval", "bench"):
         script, rest = chosen_script(arguments.command, rest)
         return run_script(script, rest)
-    scripts = {"matrix": "matrix.py", "neighbours": "neighbours.py", "api": "host_api.py", "soak": "soak.py"}
-    return run_script(environment.DEV / scripts[arguments.command], rest)
+    scripts = {"matrix": "matrix.py", "neighbours": "other_nodes.py", "api": "api.py", "soak": "soak.py"}
+    return run_script(environment.DEV / "compatibility" / scripts[arguments.command], rest)
 
 
 def chosen_script(command: str, rest: list[str]) -> tuple[Path, list[str]]:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import environment
-import workflow_files
-from host_archives import host_version_of
+from environment import host_version_of
 from host_server import HostServer, Prompt, Result, ServerError, WorkflowError
+
+from workflows import workflow_files
 
 WORKFLOW = "T-GATE - same image, faster"
 
@@ -107,11 +108,11 @@ def show(host: Path, arguments: argparse.Namespace) -> None:
 
 
 def make_thumbnail(workflow: Path, pictures: dict[Path, str]) -> None:
-    import thumbnail  # needs Pillow, which only the environment's Python has
+    from workflows import thumbnails  # needs Pillow, which only the environment's Python has
 
     target = workflow.with_suffix(".jpg")
-    thumbnail.make_thumbnail(list(pictures), list(pictures.values()), target)
-    print(f"Thumbnail: {target}\n  to drag onto the canvas: {thumbnail.carry_workflow(workflow)}", flush=True)
+    thumbnails.make_thumbnail(list(pictures), list(pictures.values()), target)
+    print(f"Thumbnail: {target}\n  to drag onto the canvas: {thumbnails.carry_workflow(workflow)}", flush=True)
 
 
 def _stop(number: int, frame: object) -> NoReturn:

@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK_MODULE = "fovea_attention"
-_DEMO_NODES = Path(__file__).resolve().parent / "host_nodes"
+_DEMO_NODES = Path(__file__).resolve().parent / "custom_nodes"
 
 
 def start_host(path: str | os.PathLike[str] | None = None, *, cpu: bool | None = None, argv: tuple[str, ...] = ()) -> Path:

@@ -31,7 +31,7 @@ DEV = Path(__file__).resolve().parent
 ROOT = DEV.parent
 CHECKPOINT = DEV / "scenes" / "fovea-scenes.safetensors"
 DIT_CHECKPOINT = DEV / "scenes" / "fovea-scenes-dit.safetensors"
-DEMO_NODES = DEV / "host_nodes" / "fovea_demo_model"
+DEMO_NODES = DEV / "custom_nodes" / "fovea_demo_model"
 PACK_FOLDER = "fovea-attention"  # the folder name a user gets from the registry
 ADDRESS = "127.0.0.1"
 

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import environment
-from environment import DEV, ROOT, Environment
-from host_archives import host_version_of
+from environment import DEV, ROOT, Environment, host_version_of
 from host_server import link
 
 PACK = "fovea_attention"

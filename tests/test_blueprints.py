@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import workflow_files
 from comfy_cli.link_integrity import broken_link_findings
 from host_server import HostServer
 from PIL import Image
 from test_workflows import load, widget_names
+
+from workflows import workflow_files
 
 BLUEPRINTS = workflow_files.blueprints()
 OF_DEMO_MODEL = {"steps": 4, "width": 256, "height": 256, "attention_grid": 16}

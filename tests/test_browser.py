@@ -12,11 +12,12 @@ from typing import Any
 import environment
 import numpy as np
 import pytest
-import workflow_files
-from front_end import FrontEnd, browser_page
+from browser.front_end import FrontEnd, browser_page
 from host_server import HostServer, Picture
 from PIL import Image
 from playwright.sync_api import Route, expect
+
+from workflows import workflow_files
 
 pytestmark = pytest.mark.server
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from families import FAMILIES, sample
-from families_more import MORE_FAMILIES
+from families.others import MORE_FAMILIES
 from torch.nn.functional import interpolate
 
 # Attention calls of one forward, and which of them is the first that looks at the text in a recorded layer.

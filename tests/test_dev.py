@@ -20,15 +20,17 @@ from typing import Any
 
 import demo
 import environment
-import host_archives
 import host_server
 import psutil
 import pytest
 import suite
-import workflow_files
-from host_archives import HostPin, ensure_host
+from environment import archives, front_ends, own_comfyui, packages, pythons, releases, setup
+from environment.archives import ensure_host
+from environment.releases import HostPin
+from environment.stages import SetupError, Stages
 from host_server import HostServer, ServerError, WorkflowError
-from stages import SetupError, Stages
+
+from workflows import workflow_files
 
 pytestmark = pytest.mark.newest
 
@@ -41,7 +43,7 @@ VERSION = "9.9.9"
 
 def host_files(version: str = VERSION) -> dict[str, bytes]:
     """The fewest files that look like a whole ComfyUI."""
-    files = {name: f"# {name}\n".encode() for name in host_archives.HOST_FILES}
+    files = {name: f"# {name}\n".encode() for name in archives.HOST_FILES}
     return {**files, "comfyui_version.py": f'__version__ = "{version}"\n'.encode()}
 
 
@@ -92,7 +94,7 @@ def test_a_host_is_unpacked_whole_and_nothing_else(make: Callable[[Path, dict[st
     assert not ready
     assert found == {*host_files(), "fovea-stamp.json"}
     assert all((folder / name).read_bytes() == content for name, content in host_files().items())
-    assert host_archives.host_version_of(folder) == VERSION
+    assert archives.host_version_of(folder) == VERSION
 
 
 def test_a_host_that_is_there_is_used_again(archive: Path, tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_a_damaged_download_is_fetched_again(archive: Path, tmp_path: Path) -> N
     (tmp_path / "downloads").mkdir()
     (tmp_path / "downloads" / archive.name).write_bytes(archive.read_bytes()[:-20])
     folder, _ = ensure_host(pin, tmp_path, copying(archive))
-    assert host_archives.host_is_valid(pin, folder)
+    assert archives.host_is_valid(pin, folder)
 
 
 def _lose_a_file(folder: Path) -> None:
@@ -181,7 +183,7 @@ def test_links_in_an_archive_are_not_followed(tmp_path: Path) -> None:
         tar.addfile(entry)
         entry = tarfile.TarInfo("tiny-1/ComfyUI/main.py")
         tar.addfile(entry, io.BytesIO(b""))
-    assert set(host_archives.unpack(path, "tiny-1/ComfyUI", tmp_path / "out")) == {"main.py"}
+    assert set(archives.unpack(path, "tiny-1/ComfyUI", tmp_path / "out")) == {"main.py"}
     assert not (tmp_path / "out" / "models").is_symlink()
 
 
@@ -192,10 +194,10 @@ def test_an_archive_without_the_folder_says_so(archive: Path, tmp_path: Path) ->
 
 def test_the_host_under_test_is_the_pinned_release(host_path: Path, host_version: str) -> None:
     """Only for our own hosts; somebody's own ComfyUI may be any version."""
-    pin = next((pin for pin in host_archives.HOSTS if host_path == environment.home() / "hosts" / pin.version), None)
+    pin = next((pin for pin in releases.HOSTS if host_path == environment.home() / "hosts" / pin.version), None)
     if pin is None:
         pytest.skip("this ComfyUI is not one of the pinned hosts")
-    assert host_archives.host_is_valid(pin, host_path)
+    assert archives.host_is_valid(pin, host_path)
     assert host_version == pin.version
 
 
@@ -203,21 +205,21 @@ def test_the_host_under_test_is_the_pinned_release(host_path: Path, host_version
 
 
 @pytest.fixture(scope="module")
-def new_venv(tmp_path_factory: pytest.TempPathFactory) -> environment.Venv:
+def new_venv(tmp_path_factory: pytest.TempPathFactory) -> pythons.Venv:
     """A real, empty virtual environment, made once."""
     folder = tmp_path_factory.mktemp("environment")
-    made = environment.Venv(folder / "venv")
+    made = pythons.Venv(folder / "venv")
     made.create("this python", folder / "venv.log")
     return made
 
 
 @pytest.fixture
-def venv(new_venv: environment.Venv, tmp_path: Path) -> environment.Venv:
+def venv(new_venv: pythons.Venv, tmp_path: Path) -> pythons.Venv:
     """A copy of it for one test."""
-    return environment.Venv(shutil.copytree(new_venv.folder, tmp_path / "venv", symlinks=True))
+    return pythons.Venv(shutil.copytree(new_venv.folder, tmp_path / "venv", symlinks=True))
 
 
-def test_an_environment_is_used_only_when_whole(venv: environment.Venv) -> None:
+def test_an_environment_is_used_only_when_whole(venv: pythons.Venv) -> None:
     assert venv.is_usable("this python")
     assert not venv.is_usable("another python"), "made by another Python version"
     with venv.working_on("torch", "2.11"):
@@ -227,20 +229,20 @@ def test_an_environment_is_used_only_when_whole(venv: environment.Venv) -> None:
     assert not venv.is_usable("this python"), "its Python is gone"
 
 
-def test_an_interrupted_stage_makes_the_environment_unusable(venv: environment.Venv) -> None:
+def test_an_interrupted_stage_makes_the_environment_unusable(venv: pythons.Venv) -> None:
     with pytest.raises(KeyboardInterrupt), venv.working_on("packages", "1"):
         raise KeyboardInterrupt
     assert not venv.is_usable("this python")
 
 
-def test_a_stage_that_pip_refused_can_be_tried_again(venv: environment.Venv) -> None:
+def test_a_stage_that_pip_refused_can_be_tried_again(venv: pythons.Venv) -> None:
     with pytest.raises(SetupError), venv.working_on("packages", "1"):
         raise SetupError("no network")
     assert venv.is_usable("this python") and not venv.has("packages", "1")
 
 
 def test_a_broken_environment_is_made_again(
-    new_venv: environment.Venv,
+    new_venv: pythons.Venv,
     archive: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -248,23 +250,24 @@ def test_a_broken_environment_is_made_again(
 ) -> None:
     """The whole of `ensure`, with pip and the final check replaced: neither may run without a network."""
 
-    def create(self: environment.Venv, fingerprint: str, log: Path) -> None:
+    def create(self: pythons.Venv, fingerprint: str, log: Path) -> None:
         shutil.copytree(new_venv.folder, self.folder, symlinks=True)
         self.note.write_text(json.dumps({"python": fingerprint}))
 
     pip_calls: list[str] = []
     answers = iter([True, False, True])
     monkeypatch.setenv("FOVEA_HOME", str(tmp_path))
-    monkeypatch.setattr(environment.Venv, "create", create)
-    monkeypatch.setattr(environment, "pip", lambda python, *arguments, log: pip_calls.append(arguments[0]))
-    monkeypatch.setattr(environment, "environment_works", lambda python: next(answers))
+    monkeypatch.setattr(pythons.Venv, "create", create)
+    for module in (setup, packages):
+        monkeypatch.setattr(module, "pip", lambda python, *arguments, log: pip_calls.append(arguments[0]))
+    monkeypatch.setattr(setup, "environment_works", lambda python: next(answers))
     (tmp_path / "downloads").mkdir()
     archive.rename(tmp_path / "downloads" / archive.name)
     pin = make_pin(tmp_path / "downloads" / archive.name)
-    monkeypatch.setattr(environment, "HOSTS", (pin,))
+    monkeypatch.setattr(setup, "HOSTS", (pin,))
 
     made = environment.ensure((pin,))
-    assert made == environment.Environment(environment.venv_python(tmp_path / "venv"), (tmp_path / "hosts" / VERSION,))
+    assert made == environment.Environment(pythons.venv_python(tmp_path / "venv"), (tmp_path / "hosts" / VERSION,))
     assert pip_calls == ["install"] * 3, "torch, packages, comfy-cli"
     mark = tmp_path / "venv" / "mark"
     mark.write_text("the first environment")
@@ -278,12 +281,12 @@ def test_a_broken_environment_is_made_again(
 
 
 def test_hosts_are_chosen_by_version() -> None:
-    versions = [pin.version for pin in host_archives.chosen_hosts("all")]
+    versions = [pin.version for pin in releases.chosen_hosts("all")]
     assert versions == ["0.30.0", "0.16.3", "0.3.75"]
-    assert [pin.version for pin in host_archives.chosen_hosts(None)] == [versions[0], versions[-1]]
-    assert [pin.version for pin in host_archives.chosen_hosts("0.16.3")] == ["0.16.3"]
+    assert [pin.version for pin in releases.chosen_hosts(None)] == [versions[0], versions[-1]]
+    assert [pin.version for pin in releases.chosen_hosts("0.16.3")] == ["0.16.3"]
     with pytest.raises(SetupError, match="no pinned ComfyUI 0.17"):
-        host_archives.chosen_hosts("0.17")
+        releases.chosen_hosts("0.17")
 
 
 def test_a_host_keeps_its_own_front_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +295,7 @@ def test_a_host_keeps_its_own_front_end(tmp_path: Path, monkeypatch: pytest.Monk
     host, log = tmp_path / "host", tmp_path / "log"
     host.mkdir()
     (host / "requirements.txt").write_text("comfyui-frontend-package==1.2.3\ntorch\n")
-    assert environment.front_end_arguments(host) == ()
+    assert front_ends.front_end_arguments(host) == ()
 
     def pip(python: Path, command: str, *arguments: str, log: Path) -> None:
         assert arguments[-1] == "comfyui-frontend-package==1.2.3"
@@ -301,22 +304,22 @@ def test_a_host_keeps_its_own_front_end(tmp_path: Path, monkeypatch: pytest.Monk
         if broken:
             raise SetupError("no network")
 
-    monkeypatch.setattr(environment, "pip", pip)
+    monkeypatch.setattr(front_ends, "pip", pip)
     broken = True
     with pytest.raises(SetupError):
-        environment.ensure_front_end(Path("python"), host, log)
-    assert environment.front_end_arguments(host) == ()
+        front_ends.ensure_front_end(Path("python"), host, log)
+    assert front_ends.front_end_arguments(host) == ()
     broken = False
-    assert not environment.ensure_front_end(Path("python"), host, log)
-    assert environment.ensure_front_end(Path("python"), host, log), "it is there already"
-    root = environment.front_end_folder("1.2.3") / "comfyui_frontend_package" / "static"
-    assert environment.front_end_arguments(host) == ("--front-end-root", str(root))
+    assert not front_ends.ensure_front_end(Path("python"), host, log)
+    assert front_ends.ensure_front_end(Path("python"), host, log), "it is there already"
+    root = front_ends.front_end_folder("1.2.3") / "comfyui_frontend_package" / "static"
+    assert front_ends.front_end_arguments(host) == ("--front-end-root", str(root))
 
 
 def test_a_failed_stage_says_which_why_and_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-c", "print('no space left on the moon'); raise SystemExit(3)"]
     with pytest.raises(SetupError) as caught, Stages(2).stage("torch 2.11.0"):
-        environment.run_logged(command, tmp_path / "torch.log", "Free some space.")
+        pythons.run_logged(command, tmp_path / "torch.log", "Free some space.")
     assert capsys.readouterr().out == "[1/2] torch 2.11.0 ... failed\n"
     assert str(caught.value).startswith("torch 2.11.0: ")
     assert "code 3" in str(caught.value) and "no space left on the moon" in str(caught.value)
@@ -326,17 +329,17 @@ def test_a_failed_stage_says_which_why_and_what_to_do(tmp_path: Path, capsys: py
 
 def test_two_set_ups_do_not_work_at_once(tmp_path: Path) -> None:
     code = (
-        "import sys, time, pathlib, environment\n"
-        "with environment.only_one(pathlib.Path(sys.argv[1])):\n print('in', flush=True)\n time.sleep(60)"
+        "import sys, time, pathlib\nfrom environment import setup\n"
+        "with setup.only_one(pathlib.Path(sys.argv[1])):\n print('in', flush=True)\n time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=DEV, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout is not None and other.stdout.readline() == "in\n"
         with open(tmp_path / "lock", "a+") as handle:
-            assert not environment._try_lock(handle)
+            assert not setup._try_lock(handle)
         other.kill()
         other.wait()
-        with environment.only_one(tmp_path):
+        with setup.only_one(tmp_path):
             pass  # a killed process holds nothing
     finally:
         other.kill()
@@ -349,17 +352,17 @@ def test_somebodys_own_comfyui_is_used_as_it_is(host_path: Path) -> None:
 
 @pytest.mark.parametrize("place", [".venv", "venv"])
 def test_the_python_of_a_comfyui_is_found_beside_it(place: str, tmp_path: Path) -> None:
-    python = environment.venv_python(tmp_path / "ComfyUI" / place)
+    python = pythons.venv_python(tmp_path / "ComfyUI" / place)
     python.parent.mkdir(parents=True)
     python.touch()
-    assert environment.find_python(tmp_path / "ComfyUI") == python
+    assert own_comfyui.find_python(tmp_path / "ComfyUI") == python
 
 
 def test_the_portable_python_is_found(tmp_path: Path) -> None:
     (tmp_path / "python_embeded").mkdir()
     (tmp_path / "python_embeded" / "python.exe").touch()
-    assert environment.find_python(tmp_path / "ComfyUI") == tmp_path / "python_embeded" / "python.exe"
-    assert environment.find_python(tmp_path / "nowhere" / "ComfyUI") == Path(sys.executable)
+    assert own_comfyui.find_python(tmp_path / "ComfyUI") == tmp_path / "python_embeded" / "python.exe"
+    assert own_comfyui.find_python(tmp_path / "nowhere" / "ComfyUI") == Path(sys.executable)
 
 
 # ------------------------------------------------------------------------------------------ the command line

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import host_api
 import pytest
+from compatibility import api as host_api
 
 
 def test_this_host_has_everything_the_pack_uses(pack):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import comfy.supported_models
-import matrix
-import neighbours
 import pytest
-import tables
-from tables import WORKS, Cell, Outcome
-from trial import Counts, Log, Trial
+from compatibility import matrix, other_nodes, tables
+from compatibility.tables import WORKS, Cell, Outcome
+from compatibility.trial import Counts, Log, Trial
 
 pytestmark = pytest.mark.newest
 
@@ -42,12 +40,12 @@ def test_the_readme_shows_what_is_measured():
 
 @pytest.mark.usefixtures("of_this_host")
 def test_the_page_of_other_nodes_shows_what_is_measured():
-    lines = neighbours.measure([neighbour for neighbour in neighbours.NEIGHBOURS if neighbour not in neighbours.SLOW])
+    lines = other_nodes.measure([neighbour for neighbour in other_nodes.NEIGHBOURS if neighbour not in other_nodes.SLOW])
     assert [text for line in lines for text in line.faults] == []
-    assert [line.name for line in lines] == [neighbour.name for neighbour in neighbours.NEIGHBOURS[: len(lines)]]
-    page = neighbours.PAGE.text()
+    assert [line.name for line in lines] == [neighbour.name for neighbour in other_nodes.NEIGHBOURS[: len(lines)]]
+    page = other_nodes.PAGE.text()
     shown = set(page.splitlines())
-    table, said = tables.render(lines, neighbours.PAGE.first).split("\n\n", 1)
+    table, said = tables.render(lines, other_nodes.PAGE.first).split("\n\n", 1)
     assert set(table.splitlines()) <= shown, "run `python dev neighbours --write` and look at its diff"
     assert said in page
 

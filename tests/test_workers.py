@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import workflow_files
 from host_server import HostServer, Prompt, Result
 from PIL import Image
+
+from workflows import workflow_files
 
 pytestmark = [pytest.mark.newest, pytest.mark.server]
 

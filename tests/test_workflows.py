@@ -16,14 +16,14 @@ from typing import Any
 import comfy_lint.schema
 import numpy as np
 import pytest
-import thumbnail
 import torch
-import workflow_files
 from comfy_cli.layout_quality import score_workflow
 from comfy_cli.link_integrity import broken_link_findings
 from comfy_lint.linter import lint_workflow
 from host_server import HostServer
 from PIL import Image
+
+from workflows import thumbnails, workflow_files
 
 WORKFLOWS = workflow_files.shipped()
 NOTES = {"Note", "MarkdownNote"}
@@ -77,8 +77,8 @@ def test_it_has_a_thumbnail(path: Path) -> None:
 
 @each_workflow
 def test_a_picture_to_drag_onto_the_canvas_carries_it(path: Path) -> None:
-    with Image.open(thumbnail.TO_DRAG / f"{path.stem}.png") as picture:
-        assert json.loads(picture.info["workflow"]) == load(path), "run `python dev/thumbnail.py`"
+    with Image.open(thumbnails.TO_DRAG / f"{path.stem}.png") as picture:
+        assert json.loads(picture.info["workflow"]) == load(path), "run `python dev thumbnails`"
 
 
 @each_workflow

@@ -14,7 +14,7 @@ import host_inprocess
 import pytest
 import torch
 import torch.nn.functional as F
-from families_dit import TINY, tiny  # noqa: F401 (for the tests)
+from families.dit import TINY, tiny  # noqa: F401 (for the tests)
 from safetensors.torch import save_file
 
 host_inprocess.load_pack()

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from families import (
+
+from families.family import Extras, Family, pooled, randn
+from families.networks import (
     CHROMA,
     COGVIDEOX,
     COSMOS2,
@@ -23,13 +25,8 @@ from families import (
     UNET_MODULE,
     WAN,
     ZIMAGE,
-    Extras,
-    Family,
-    hunyuan_video15_extras,
-    pooled,
-    randn,
-    wan_i2v_extras,
 )
+from families.tested import hunyuan_video15_extras, wan_i2v_extras
 
 
 def _tensors(**shapes: tuple[int, ...]) -> Extras:

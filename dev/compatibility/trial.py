@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from host_inprocess import pack_nodes
-from tables import PLACES, SAMPLER, WORDS, WORKS, Cell, Outcome, fault
 from torch import Tensor
+
+from compatibility.tables import PLACES, SAMPLER, WORDS, WORKS, Cell, Outcome, fault
 
 STEPS, GATE_STEPS, CFG = 2, 3, 3.0
 _OVERSHOOT = 0.1  # of bicubic interpolation, by which layers are brought to one grid

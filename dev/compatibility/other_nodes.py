@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from host_inprocess import ROOT, host_node, load_pack
-from tables import COLUMNS, WORKS, Cell, Line, Outcome, Page, publish
-from trial import CFG, Log, Trial, quiet
+
+from compatibility.tables import COLUMNS, WORKS, Cell, Line, Outcome, Page, publish
+from compatibility.trial import CFG, Log, Trial, quiet
 
 PAGE = Page("neighbours", ROOT / "docs" / "other-nodes.md", "node")
 

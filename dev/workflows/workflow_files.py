@@ -13,7 +13,7 @@ from typing import Any
 
 from host_server import Prompt, WorkflowError
 
-FOLDER = Path(__file__).resolve().parent.parent / "workflows"
+FOLDER = Path(__file__).resolve().parent.parent.parent / "workflows"
 
 
 def shipped() -> list[Path]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import host_inprocess
 import torch
-from families import Conditioning, randomise
 from safetensors.torch import save_file
+
+from families.family import Conditioning, randomise
 
 TINY: dict[str, Any] = {"depth": 3, "width": 128, "heads": 2, "patch_size": 2, "classes": 1000}
 

@@ -13,20 +13,21 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import workflow_files
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+
+from workflows import workflow_files
 
 SIDE, MARGIN, CAPTION = 512, 8, 44
 BACKGROUND, TEXT = "#1e1f22", "#e8e8e8"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 TO_DRAG = ROOT / "docs" / "workflows"
 IN_HELP = {
-    "t-gate": "T-GATE - same picture, faster",
-    "attend-and-excite": "Attend-and-Excite - every subject in the picture",
-    "attention-distillation": "Attention Distillation - style from a picture",
+    "t-gate": "T-GATE - same image, faster",
+    "attend-and-excite": "Attend-and-Excite - every subject in the image",
+    "attention-distillation": "Attention Distillation - style from an image",
     "attention-maps": "Attention maps - where each word looks",
     "seamless": "Attention Distillation - seamless and large textures",
-    "dit": "DiT - class to picture",
+    "dit": "DiT - class to image",
 }
 HELP_SIDE = 384
 
@@ -77,7 +78,7 @@ def carry_workflow(workflow: Path) -> Path:
 
 def illustrate_help(name: str, workflow: str) -> Path:
     """Write the workflow's picture where the help pages show it."""
-    target = ROOT / "web" / "docs" / "pictures" / f"{name}.jpg"
+    target = ROOT / "web" / "docs" / "images" / f"{name}.jpg"
     target.parent.mkdir(parents=True, exist_ok=True)
     with Image.open(workflow_files.FOLDER / f"{workflow}.jpg") as picture:
         picture.resize((HELP_SIDE, HELP_SIDE), Image.Resampling.LANCZOS).save(target, quality=84)

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import workflow_files
 from host_server import DEV, HostServer, WorkflowError, link
 
-STATE_NODE = DEV / "host_nodes" / "fovea_soak_state"
+from workflows import workflow_files
+
+STATE_NODE = DEV / "custom_nodes" / "fovea_soak_state"
 STATE = "/fovea_soak/state"
 SIZES = (192, 256, 320)
 WRONG_WORD = "zebra"

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from host_inprocess import ROOT, load_pack
-from tables import BUILD, Cell, Line, Outcome, Page, publish
-from trial import Log, Trial, quiet
+
+from compatibility.tables import BUILD, Cell, Line, Outcome, Page, publish
+from compatibility.trial import Log, Trial, quiet
 
 PAGE = Page("matrix", ROOT / "README.md", "family")
 
@@ -29,7 +30,7 @@ class Row:
     """Families under one name. Those that answer differently get lines of their own.
 
     Attributes:
-        families: names of the builders, ``families`` and ``families_more``.
+        families: names of the builders, ``families``.
         same: classes of ``comfy.supported_models`` that differ from the first family's in sizes only.
     """
 
@@ -96,8 +97,8 @@ LEFT_OUT = (
 def builders() -> dict[str, Any]:
     """Everything that can be built, by name."""
     from families import FAMILIES
-    from families_dit import CLASS_FAMILIES
-    from families_more import MORE_FAMILIES
+    from families.dit import CLASS_FAMILIES
+    from families.others import MORE_FAMILIES
 
     return {**FAMILIES, **MORE_FAMILIES, **CLASS_FAMILIES}
 

@@ -14,10 +14,11 @@ import tempfile
 from pathlib import Path
 
 import environment
-import workflow_files
-from front_end import FrontEnd, browser_page
 from host_server import HostServer
 from PIL import Image
+
+from browser.front_end import FrontEnd, browser_page
+from workflows import workflow_files
 
 TARGET = environment.ROOT / "docs" / "screenshots"
 WIDTH = 1200
@@ -86,7 +87,7 @@ def main() -> None:
         wrong_word(ui, "wrong-word")
         ui.clear()
         ui.choose_theme("light")
-        whole_workflow(ui, "T-GATE - same picture, faster", "t-gate-light")
+        whole_workflow(ui, "T-GATE - same image, faster", "t-gate-light")
         read_out(ui, "read-out-light")
 
 

@@ -1,0 +1,1 @@
+"""ComfyUI's front end in a real browser, for tests and screenshots."""
