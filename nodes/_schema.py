@@ -1,4 +1,4 @@
-"""What every node's schema shares: the category, and the fields that only newer hosts know."""
+"""What every node's schema shares: the category, and the fields that only newer versions of ComfyUI know."""
 
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ _Input = TypeVar("_Input", bound=io.Input)
 
 
 def node_schema(node_id: str, *, search_aliases: list[str], **schema_fields: Any) -> io.Schema:
-    """A schema in the pack's category; ``search_aliases`` are left out where the host (0.3.75) does not know them."""
+    """A schema in the pack's category; ``search_aliases`` are left out where ComfyUI (0.3.75) does not know them."""
     if "search_aliases" in _KNOWN:
         schema_fields["search_aliases"] = search_aliases
     return io.Schema(node_id=node_id, category=CATEGORY, **schema_fields)

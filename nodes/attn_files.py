@@ -1,4 +1,4 @@
-"""The ``FoveaSaveAttnMaps`` and ``FoveaLoadAttnMaps`` nodes: attention maps as files, in the host's own folders."""
+"""The ``FoveaSaveAttnMaps`` and ``FoveaLoadAttnMaps`` nodes: attention maps as files, in ComfyUI's own folders."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FoveaSaveAttnMaps(io.ComfyNode):
         return node_schema(
             "FoveaSaveAttnMaps",
             display_name="Save Attention Maps",
-            description="Writes the attention maps of a run to a file in the output folder, to look at later or to share.",
+            description="Saves the attention maps of a run to a file in the output folder, to view later or to share.",
             search_aliases=["export attention maps", "save heat maps", "daam"],
             is_output_node=True,
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -36,7 +36,7 @@ class FoveaSaveAttnMaps(io.ComfyNode):
                 AttnMapsSocket.Input("attn_maps", tooltip="From Capture Attention Maps."),
                 io.Image.Input(
                     "images",
-                    tooltip="The decoded picture of the same run: it makes this node wait for the sampler. It is not saved.",
+                    tooltip="The decoded image of the same run. It makes this node wait for the sampler and is not saved.",
                 ),
                 io.String.Input(
                     "filename_prefix",
@@ -45,7 +45,7 @@ class FoveaSaveAttnMaps(io.ComfyNode):
                     "Save Image.",
                 ),
             ],
-            outputs=[AttnMapsSocket.Output(display_name="attn_maps", tooltip="The same maps.")],
+            outputs=[AttnMapsSocket.Output(display_name="attn_maps", tooltip="The same attention maps.")],
         )
 
     @classmethod
@@ -59,7 +59,7 @@ class FoveaSaveAttnMaps(io.ComfyNode):
 
     @classmethod
     def _workflow(cls) -> dict[str, str]:
-        """The workflow, as pictures carry it."""
+        """The workflow, as saved images carry it."""
         if args.disable_metadata or cls.hidden is None:
             return {}
         extra = cls.hidden.extra_pnginfo or {}
@@ -72,7 +72,7 @@ class FoveaLoadAttnMaps(io.ComfyNode):
         return node_schema(
             "FoveaLoadAttnMaps",
             display_name="Load Attention Maps",
-            description="Reads attention maps that Save Attention Maps wrote: from the input folder, or from output/attention.",
+            description="Loads attention maps saved by Save Attention Maps, from the input folder or from output/attention.",
             search_aliases=["import attention maps", "open heat maps", "daam"],
             inputs=[
                 io.Combo.Input(
@@ -81,7 +81,7 @@ class FoveaLoadAttnMaps(io.ComfyNode):
                     tooltip=f"A file ending in {_SUFFIX}, in the input folder or, marked [output], in output/{_FOLDER}.",
                 )
             ],
-            outputs=[AttnMapsSocket.Output(display_name="attn_maps", tooltip="The maps, for Attention Map Preview.")],
+            outputs=[AttnMapsSocket.Output(display_name="attn_maps", tooltip="The attention maps, for Attention Map Preview.")],
         )
 
     @classmethod
@@ -108,7 +108,7 @@ class FoveaLoadAttnMaps(io.ComfyNode):
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}
                 metadata = stored.metadata()
         except SafetensorError as error:
-            raise ValueError(f"file: {file} is damaged or no safetensors file ({error}). Save the maps again.") from error
+            raise ValueError(f"file: {file} is damaged or not a safetensors file ({error}). Save the maps again.") from error
         return io.NodeOutput(AttnMaps.from_state_dict(tensors, metadata))
 
 
@@ -116,7 +116,7 @@ class FoveaLoadAttnMaps(io.ComfyNode):
 
 
 def _files() -> list[str]:
-    """Files in the input folder, and those that Save writes by default, marked as the host marks them."""
+    """Files in the input folder, and those that Save writes by default, marked as ComfyUI marks them."""
     uploaded = _names(folder_paths.get_input_directory())
     saved = _names(os.path.join(folder_paths.get_output_directory(), _FOLDER))
     return [*uploaded, *(f"{_FOLDER}/{name} [output]" for name in saved)]
@@ -129,10 +129,12 @@ def _names(folder: str) -> list[str]:
 
 
 def _existing_file(name: str) -> Path:
-    """The file that a name of the list stands for; nothing outside the host's folders, whatever the name is."""
+    """The file that a name of the list stands for; nothing outside ComfyUI's folders, whatever the name is."""
     plain, folder = folder_paths.annotated_filepath(name or "")
     if not plain:
-        raise ValueError("file: no file is chosen. Save maps with Save Attention Maps, or put a file into the input folder.")
+        raise ValueError(
+            "file: no file is chosen. Save attention maps with Save Attention Maps, or put a file in the input folder."
+        )
     path = _inside(folder or folder_paths.get_input_directory(), plain, "file")
     if not plain.endswith(_SUFFIX) or not path.is_file():
         raise ValueError(f"file: there is no file {name!r}. Choose one that Save Attention Maps wrote (ending in {_SUFFIX}).")
@@ -144,7 +146,7 @@ def _new_file(prefix: str) -> Path:
     if not prefix.strip() or prefix.endswith(("/", "\\")):
         raise ValueError(f"filename_prefix is {prefix!r}: write the start of a name, such as {_FOLDER}/maps.")
     output = folder_paths.get_output_directory()
-    _inside(output, prefix, "filename_prefix")  # before the host makes folders: older hosts follow links out
+    _inside(output, prefix, "filename_prefix")  # before ComfyUI makes folders: older versions follow links out
     folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
     return _real(folder) / f"{name}_{counter:05}_{_SUFFIX}"
 
@@ -154,7 +156,7 @@ def _inside(folder: str, name: str, what: str) -> Path:
     try:
         base, path = _real(folder), _real(os.path.join(folder, name))
     except ValueError as error:  # a null character
-        raise ValueError(f"{what} is {name!r}: this is no file name.") from error
+        raise ValueError(f"{what} is {name!r}: this is not a file name.") from error
     if not path.is_relative_to(base):
         raise ValueError(f"{what} is {name!r}, which is outside the folder {folder}. Use a plain name without '..' or a drive.")
     return path

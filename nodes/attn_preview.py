@@ -33,44 +33,45 @@ class AttnMapPreview(io.ComfyNode):
             "AttnMapPreview",
             display_name="Attention Map Preview",
             description=(
-                "Shows where each word of the prompt looks in the picture, how that settles over the steps and which layer sees "
-                "what, and turns words into masks. Point at the picture in the node to see which words look there."
+                "Shows where in the image the model attends to each word of the prompt, over the steps and in each layer, and "
+                "turns words into masks. Hover over the image in the node to see which words get the most attention there."
             ),
             search_aliases=["attention map", "heat map", "daam", "word mask", "prompt mask", "token", "saliency", "segmentation"],
             is_output_node=True,
             inputs=[
                 AttnMapsSocket.Input(
-                    "attn_maps", tooltip="From Capture Attention Maps, whose model made the picture, or from Load Attention Maps."
+                    "attn_maps",
+                    tooltip="From Capture Attention Maps, whose model sampled the image, or from Load Attention Maps.",
                 ),
                 io.Image.Input(
-                    "images", tooltip="The decoded picture of the same run. It also makes this node wait for the sampler."
+                    "images", tooltip="The decoded image of the same run. It also makes this node wait for the sampler."
                 ),
                 io.String.Input(
                     "words",
                     default="",
-                    tooltip="Words or phrases of the prompt, separated by commas: cat, red frog. cat#2 is the second cat. Empty: "
-                    "the subjects marked in Prompt with Subjects, else every word.",
+                    tooltip="Words or phrases of the prompt, separated by commas: cat, red frog. cat#2 is the second cat. "
+                    "Empty: the subjects marked in Prompt with Subjects, or every word if none is marked.",
                 ),
                 io.Combo.Input(
                     "view",
                     options=_values(View),
                     default=View.OVERLAY.value,
-                    tooltip="overlay: heat over the picture, word by word. steps: a film strip of the run. layers: which layer "
-                    "looks where. self-attention: what belongs to one place. convergence: when words settle. segments: every "
-                    "place in the colour of its word.",
+                    tooltip="overlay: a heat map over the image for each word. steps: the maps of each step. layers: the maps "
+                    "of each layer. self-attention: what belongs to one point. convergence: when the map of each word settles. "
+                    "segments: each area in the colour of its strongest word.",
                 ),
                 io.Combo.Input(
                     "prompt",
                     options=["positive", "negative"],
                     default="positive",
-                    tooltip="The prompt whose words are shown. The negative one is only computed with a cfg other than 1.",
+                    tooltip="The prompt whose words are shown. The negative prompt is only computed when cfg is not 1.",
                 ),
                 io.Combo.Input(
                     "normalize",
                     options=_values(Normalize),
                     default=Normalize.EACH.value,
-                    tooltip="What full colour and white in a mask mean. each word: the highest value of the word. all words: the "
-                    "highest of all, so that words can be compared. none: all attention of a place (1); usually dark.",
+                    tooltip="What the strongest colour, and white in a mask, stands for. each word: the maximum of that word. "
+                    "all words: the maximum of all words, so that they can be compared. none: an attention of 1; usually dark.",
                 ),
                 io.Float.Input(
                     "threshold",
@@ -78,8 +79,8 @@ class AttnMapPreview(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where the white line runs, how much heat a place needs to belong to a segment, and what counts as "
-                    "area in the figures. Masks stay soft.",
+                    tooltip="Level of the white contour line, minimum for an area to join a segment, and level from which area "
+                    "is counted in the statistics. Masks stay soft.",
                 ),
                 io.Float.Input(
                     "opacity",
@@ -87,13 +88,13 @@ class AttnMapPreview(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="How strongly the heat covers the picture. 0 shows the picture, 1 the heat alone.",
+                    tooltip="Opacity of the heat map. 0 shows only the image, 1 only the heat map.",
                 ),
                 io.Combo.Input(
                     "colormap",
                     options=_values(Colormap),
                     default=Colormap.TURBO.value,
-                    tooltip="Colours of the heat. viridis and gray are also easy to read with colour blindness.",
+                    tooltip="Colours of the heat map. viridis and gray are also easy to read with colour blindness.",
                 ),
                 advanced(
                     io.Float.Input(
@@ -102,7 +103,7 @@ class AttnMapPreview(io.ComfyNode):
                         min=0.0,
                         max=1.0,
                         step=0.01,
-                        tooltip="self-attention only: the place that looks, from left (0) to right (1).",
+                        tooltip="self-attention view only: the point to query, from left (0) to right (1).",
                     )
                 ),
                 advanced(
@@ -112,13 +113,13 @@ class AttnMapPreview(io.ComfyNode):
                         min=0.0,
                         max=1.0,
                         step=0.01,
-                        tooltip="self-attention only: the place that looks, from top (0) to bottom (1).",
+                        tooltip="self-attention view only: the point to query, from top (0) to bottom (1).",
                     )
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Only for prompts that Prompt with Subjects did not encode: the text encoder that did.",
+                    tooltip="Only for prompts not encoded by Prompt with Subjects: the text encoder that was used.",
                 ),
                 io.String.Input(
                     "text",
@@ -129,13 +130,14 @@ class AttnMapPreview(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="view", tooltip="The pictures shown in the node."),
+                io.Image.Output(display_name="view", tooltip="The images shown in the node."),
                 io.Mask.Output(
                     display_name="masks",
-                    tooltip="One soft mask for each word, in the order of the words, of the size of the picture.",
+                    tooltip="One soft mask for each word, in the order of the words, at the size of the image.",
                 ),
                 io.String.Output(
-                    display_name="figures", tooltip="JSON: for each word its peak, area, share of attention and how it settled."
+                    display_name="figures",
+                    tooltip="Statistics of each word as JSON: peak, area, share of attention and change over the steps.",
                 ),
             ],
         )
@@ -181,7 +183,7 @@ class AttnMapPreview(io.ComfyNode):
 
 
 def _pointing_ui(pointing: str | None) -> dict[str, list[dict[str, str]]]:
-    """Leave the maps that ``web/attention_hover.js`` reads in the host's temp folder."""
+    """Leave the maps that ``web/attention_hover.js`` reads in ComfyUI's temp folder."""
     if pointing is None:
         return {}
     folder = Path(folder_paths.get_temp_directory())

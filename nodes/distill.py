@@ -20,48 +20,48 @@ class AttentionDistillSampler(io.ComfyNode):
             "AttentionDistillSampler",
             display_name="Attention Distillation Sampler",
             description=(
-                "Samples a picture in the style, texture or appearance of a reference picture, with any checkpoint and without "
+                "Samples an image in the style, texture or appearance of a reference image, with any checkpoint and without "
                 "training. Use it in place of SamplerCustomAdvanced."
             ),
             search_aliases=["attention distillation", "style transfer", "style reference", "texture synthesis", "appearance"],
             inputs=[
-                io.Noise.Input("noise", tooltip="The starting noise (RandomNoise)."),
+                io.Noise.Input("noise", tooltip="The initial noise (RandomNoise)."),
                 io.Guider.Input(
                     "guider", tooltip="Model and prompts: CFGGuider, BasicGuider, Attend-and-Excite or any other guider."
                 ),
                 io.Sampler.Input(
                     "sampler",
-                    tooltip="How the picture is denoised; euler is as published. Not used by 'optimise'.",
+                    tooltip="The sampler that denoises the image; euler is as published. Not used by 'optimise'.",
                 ),
                 io.Sigmas.Input(
-                    "sigmas", tooltip="The steps of the run, from a scheduler node. Published: 50 steps, ddim_uniform."
+                    "sigmas", tooltip="The sigmas of the run, from a scheduler node. Published: 50 steps of ddim_uniform."
                 ),
                 io.Latent.Input(
-                    "latent_image", tooltip="The latent to start from; an empty one for a new picture. Sets the size."
+                    "latent_image", tooltip="The latent to start from; an empty latent for a new image. It sets the size."
                 ),
                 io.Latent.Input(
                     "reference",
-                    tooltip="The picture whose style, texture or appearance is wanted, from VAE Encode. A batch is several "
+                    tooltip="The image whose style, texture or appearance to follow, from VAE Encode. A batch is several "
                     "references together. Any size.",
                 ),
                 io.Conditioning.Input(
                     "null_prompt",
-                    tooltip='The encoding of an empty prompt: CLIP Text Encode with "". The reference is looked at with it.',
+                    tooltip='An empty prompt: CLIP Text Encode with "". It is the prompt for the reference.',
                 ),
                 io.Combo.Input(
                     "method",
                     options=[method.value for method in Method],
                     default=Method.GUIDED.value,
-                    tooltip="guided sampling: denoise with your prompt, and pull the picture towards the reference after every "
-                    "step. optimise: no prompt and no denoising; turns content (or noise) into the reference's look.",
+                    tooltip="guided sampling: denoises with your prompt and pulls the image towards the reference after every "
+                    "step. optimise: no prompt and no denoising; gives content (or noise) the look of the reference.",
                 ),
                 io.Int.Input(
                     "iterations",
                     default=0,
                     min=0,
                     max=100,
-                    tooltip="Optimisation steps after each step of the run. More is a stronger style and more time. 0 is the "
-                    "published number: 3 for SD1.5, 2 for SDXL and Flux, 1 for optimise.",
+                    tooltip="Optimisation steps after each sampling step. More gives a stronger style and takes longer. 0 is "
+                    "the published number: 3 for SD1.5, 2 for SDXL and Flux, 1 for optimise.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -69,8 +69,8 @@ class AttentionDistillSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
-                    tooltip="How far each optimisation step goes. Higher is a stronger style and more grain. 0 is the published "
-                    "value: 0.015 for SD1.5 and SDXL, 0.01 for Flux, 0.05 for optimise. Textures: 0.05.",
+                    tooltip="Size of each optimisation step. Higher gives a stronger style and more grain. 0 is the published "
+                    "value: 0.015 for SD1.5 and SDXL, 0.01 for Flux, 0.05 for optimise. For textures use 0.05.",
                 ),
                 io.Float.Input(
                     "content_weight",
@@ -78,14 +78,14 @@ class AttentionDistillSampler(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="With content connected: how much of it is kept. Lower takes more of the reference.",
+                    tooltip="With content connected: how much of it is kept. Lower takes more from the reference.",
                 ),
                 io.Combo.Input(
                     "adain",
                     options=[adain.value for adain in Adain],
                     default=Adain.AUTO.value,
-                    tooltip="First give the picture the reference's mean colours and contrast. auto: on for guided sampling, "
-                    "off for optimise. Off for textures.",
+                    tooltip="First matches the mean colours and contrast of the image to the reference. auto: on for guided "
+                    "sampling, off for optimise. Turn it off for textures.",
                 ),
                 advanced(
                     io.Float.Input(
@@ -94,7 +94,7 @@ class AttentionDistillSampler(io.ComfyNode):
                         min=0.0,
                         max=1.0,
                         step=0.01,
-                        tooltip="Share of the steps before the reference begins to act. Later keeps more of the composition.",
+                        tooltip="Fraction of the steps before the reference takes effect. Higher keeps more of the composition.",
                     )
                 ),
                 advanced(
@@ -104,7 +104,8 @@ class AttentionDistillSampler(io.ComfyNode):
                         min=0.0,
                         max=1.0,
                         step=0.01,
-                        tooltip="Share of the steps after which the reference no longer acts. Earlier is faster and smoother.",
+                        tooltip="Fraction of the steps after which the reference has no more effect. Lower is faster and "
+                        "smoother.",
                     )
                 ),
                 advanced(
@@ -113,7 +114,7 @@ class AttentionDistillSampler(io.ComfyNode):
                         default=1,
                         min=1,
                         max=100,
-                        tooltip="Optimise only after every so many steps. 2 halves that work, with a weaker style.",
+                        tooltip="Optimise only after every Nth step. 2 halves the extra work and gives a weaker style.",
                     )
                 ),
                 advanced(
@@ -123,7 +124,8 @@ class AttentionDistillSampler(io.ComfyNode):
                         min=0.01,
                         max=10.0,
                         step=0.05,
-                        tooltip="Above 1 each place follows fewer, better fitting places of the reference. 1 as published.",
+                        tooltip="Above 1, each part of the image follows fewer, better matching parts of the reference, which "
+                        "is sharper. 1 is as published.",
                     )
                 ),
                 advanced(
@@ -131,7 +133,7 @@ class AttentionDistillSampler(io.ComfyNode):
                         "layers",
                         default="",
                         tooltip="Which self-attention layers are compared, for example: output.6-11. Empty is the published "
-                        "choice. A wrong name lists the right ones.",
+                        "choice. A wrong name gives an error that lists the valid ones.",
                     )
                 ),
                 advanced(
@@ -140,23 +142,25 @@ class AttentionDistillSampler(io.ComfyNode):
                         options=[memory.value for memory in Memory],
                         default=Memory.AUTO.value,
                         tooltip="fast keeps everything for the gradient. low needs much less memory and more time, for the "
-                        "same picture. auto goes by the free memory.",
+                        "same image. auto decides by the free memory.",
                     )
                 ),
                 io.Latent.Input(
                     "content",
                     optional=True,
-                    tooltip="A picture whose content is kept, from VAE Encode, of latent_image's size. optimise starts from it.",
+                    tooltip="An image whose content to keep, from VAE Encode, at the size of latent_image. optimise starts "
+                    "from it.",
                 ),
                 io.Mask.Input(
                     "reference_mask",
                     optional=True,
-                    tooltip="Regions of the reference, each in a flat grey. Equal greys in target_mask follow that region.",
+                    tooltip="Regions of the reference, each in one flat grey. Regions of the same grey in target_mask follow "
+                    "them.",
                 ),
                 io.Mask.Input(
                     "target_mask",
                     optional=True,
-                    tooltip="Regions of the new picture, in the greys of reference_mask. Other greys are left free.",
+                    tooltip="Regions of the new image, in the greys of reference_mask. Other greys are unconstrained.",
                 ),
                 advanced(
                     io.Int.Input(
@@ -166,8 +170,8 @@ class AttentionDistillSampler(io.ComfyNode):
                         max=8192,
                         step=64,
                         optional=True,
-                        tooltip="Side of what the model looks at together, in pixels, for textures larger than it was trained "
-                        "for: 512 for SD1.5, 1024 for SDXL. 0 is the whole picture at once.",
+                        tooltip="For textures larger than the model was trained for: side of the square windows it processes, "
+                        "in pixels (512 for SD1.5, 1024 for SDXL). 0 processes the whole image at once.",
                     )
                 ),
                 advanced(
@@ -178,8 +182,8 @@ class AttentionDistillSampler(io.ComfyNode):
                         max=8192,
                         step=8,
                         optional=True,
-                        tooltip="From one window to the next, in pixels. Less blends better and takes more time; 64 as "
-                        "published.",
+                        tooltip="Distance from one window to the next, in pixels. Lower blends better and takes longer; 64 is "
+                        "as published.",
                     )
                 ),
             ],
@@ -187,10 +191,11 @@ class AttentionDistillSampler(io.ComfyNode):
                 io.Latent.Output(display_name="output", tooltip="The finished latent."),
                 io.Latent.Output(
                     display_name="denoised_output",
-                    tooltip="The finished picture as it is expected after the last step; differs where the run stops early.",
+                    tooltip="The model's prediction of the finished latent at the last step; differs from output if the run "
+                    "stops early.",
                 ),
                 io.String.Output(
-                    display_name="report", tooltip="The loss of every optimisation step, and what was used, as JSON."
+                    display_name="report", tooltip="The loss of every optimisation step and the settings that were used, as JSON."
                 ),
             ],
         )

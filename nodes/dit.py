@@ -23,34 +23,37 @@ class DiTLoader(io.ComfyNode):
             "DiTLoader",
             display_name="Load DiT",
             description=(
-                "Loads a class-conditional DiT or SiT (Scalable Diffusion Models with Transformers) as its authors published it, "
-                "or as their training script or diffusers saved it. It makes pictures of classes and takes no prompt."
+                "Loads a class-conditional DiT or SiT (Scalable Diffusion Models with Transformers), in the format of its "
+                "authors, of their training script or of diffusers. It generates images of classes and takes no prompt."
             ),
             search_aliases=["dit", "sit", "diffusion transformer", "scalable diffusion", "imagenet", "class-conditional"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=folder_paths.get_filename_list(_FOLDER),
-                    tooltip="A DiT file in models/diffusion_models, such as DiT-XL-2-256x256.pt. Code in a file is never run.",
+                    tooltip="A DiT file in models/diffusion_models, such as DiT-XL-2-256x256.pt. Code inside a file is never "
+                    "run.",
                 ),
                 io.Combo.Input(
                     "prediction",
                     options=_PREDICTIONS,
                     default="auto",
-                    tooltip="What the network predicts. DiT: epsilon, SiT: velocity; the weights look the same. auto reads it "
-                    "from the training settings in the file or from a file name that starts with SiT, else it is epsilon.",
+                    tooltip="What the model predicts. DiT: epsilon, SiT: velocity; their weights look the same. auto reads it "
+                    "from the training settings in the file or from a file name that starts with SiT, and otherwise uses "
+                    "epsilon.",
                 ),
                 io.Combo.Input(
                     "cfg_channels",
                     options=list(_CFG_CHANNELS),
                     default=next(iter(_CFG_CHANNELS)),
-                    tooltip="How many of the latent's 4 channels the CFG scale acts on. The published results use 3; with "
-                    "4, as in diffusers, the same scale acts a little stronger.",
+                    tooltip="How many of the 4 latent channels CFG is applied to. The published results use 3; with 4, as in "
+                    "diffusers, the same cfg is slightly stronger.",
                 ),
             ],
             outputs=[
                 io.Model.Output(
-                    display_name="model", tooltip="The model. Its picture size is up to the latent: 256 or 512 pixels as trained."
+                    display_name="model",
+                    tooltip="The model. The latent sets the image size; 256 or 512 pixels, as trained, works best.",
                 )
             ],
         )
@@ -68,20 +71,20 @@ class DiTClassLabel(io.ComfyNode):
         return node_schema(
             "DiTClassLabel",
             display_name="DiT Class Label",
-            description="What a DiT shall draw: one of ImageNet's 1000 classes, or one for every picture of the batch.",
+            description="Chooses what a DiT generates: one of ImageNet's 1000 classes, or one class for each image of the batch.",
             search_aliases=["imagenet", "class", "label", "dit prompt", "class-conditional"],
             inputs=[
                 io.Combo.Input(
                     "label",
                     options=options,
                     default=options[_DEFAULT_LABEL],
-                    tooltip="The class. Click and type to search among the 1000 names and their synonyms.",
+                    tooltip="The class. Click and type to search the 1000 names and their synonyms.",
                 ),
                 io.String.Input(
                     "labels",
                     default="",
-                    tooltip="Several classes, one for each picture of the batch: numbers or names separated by commas, for "
-                    "example 207, tabby, 980. Wins over label. Set the same batch_size in the latent; a shorter list repeats.",
+                    tooltip="Several classes, one for each image of the batch: numbers or names separated by commas, for "
+                    "example 207, tabby, 980. Overrides label. Set the same batch_size in the latent; a shorter list repeats.",
                 ),
             ],
             outputs=[
@@ -89,7 +92,8 @@ class DiTClassLabel(io.ComfyNode):
                     display_name="positive", tooltip="The class or classes, for the sampler's positive input."
                 ),
                 io.Conditioning.Output(
-                    display_name="null class", tooltip="The class of no class, for the sampler's negative input: CFG needs it."
+                    display_name="null class",
+                    tooltip="The null class, which means no class, for the sampler's negative input. CFG needs it.",
                 ),
             ],
         )
@@ -107,8 +111,8 @@ class DiTSampler(io.ComfyNode):
             "DiTSampler",
             display_name="DiT Sampler (ddpm)",
             description=(
-                "The sampler of the DiT paper: DDPM with the variance that the network itself has learned. For SamplerCustom and "
-                "SamplerCustomAdvanced, with a DiT from Load DiT; published with 250 steps of the normal scheduler."
+                "The sampler of the DiT paper: DDPM with the variance that the model has learned. For SamplerCustom and "
+                "SamplerCustomAdvanced, with a model from Load DiT. Published with 250 steps of the normal scheduler."
             ),
             search_aliases=["ddpm", "learned variance", "dit ddpm", "ancestral"],
             inputs=[],

@@ -23,16 +23,16 @@ class AttendExciteGuider(io.ComfyNode):
             "AttendExciteGuider",
             display_name="Attend-and-Excite Guider",
             description=(
-                "Gets every subject of the prompt into the picture: while the picture is being laid out, it is nudged until the "
-                "model looks at each of them somewhere. Connect it to the guider input of SamplerCustomAdvanced."
+                "Gets every subject of the prompt into the image: in the early steps, which decide the layout, the latent is "
+                "nudged until each subject gets attention somewhere. Connect it to the guider input of SamplerCustomAdvanced."
             ),
             search_aliases=["attend and excite", "missing subject", "neglect", "catastrophic neglect", "two objects", "guider"],
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="The model to guide. It must look at a text prompt (SD1.5, SDXL, SD3, Flux, ...)."
-                ),
+                io.Model.Input("model", tooltip="The model to guide. It needs a text prompt (SD1.5, SDXL, SD3, Flux, ...)."),
                 io.Conditioning.Input(
-                    "positive", tooltip="The prompt, from 'Prompt with Subjects' (or any encoder, with clip and text)."
+                    "positive",
+                    tooltip="The positive prompt, from 'Prompt with Subjects' (or from any other encoder, with "
+                    "clip and text set below).",
                 ),
                 io.Conditioning.Input("negative", tooltip="The negative prompt."),
                 io.Float.Input(
@@ -41,8 +41,8 @@ class AttendExciteGuider(io.ComfyNode):
                 io.String.Input(
                     "subjects",
                     default="",
-                    tooltip="Words of the prompt that must be in the picture, separated by commas: cat, red frog. Empty: what "
-                    "is in square brackets in 'Prompt with Subjects'. Token positions such as 2, 5 work too.",
+                    tooltip="Words of the prompt that must appear in the image, separated by commas: cat, red frog. Empty: the "
+                    "words in square brackets in 'Prompt with Subjects'. Token positions such as 2, 5 work too.",
                 ),
                 io.Float.Input(
                     "guide_until",
@@ -50,8 +50,8 @@ class AttendExciteGuider(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the steps that are guided. The layout is decided early; more costs time and may harm "
-                    "detail. 0 leaves only the refinement of the thresholds.",
+                    tooltip="Fraction of the steps that are guided. The layout is decided early; higher values cost time and "
+                    "may harm detail. 0 leaves only the refinements at the thresholds.",
                 ),
                 io.Float.Input(
                     "scale_factor",
@@ -59,8 +59,7 @@ class AttendExciteGuider(io.ComfyNode):
                     min=0.0,
                     max=1000.0,
                     step=0.5,
-                    tooltip="How far each nudge goes. Raise it when a subject is still missing, lower it when the picture "
-                    "breaks.",
+                    tooltip="Strength of each nudge. Raise it if a subject is still missing, lower it if the image breaks.",
                 ),
                 advanced(
                     io.Float.Input(
@@ -69,20 +68,24 @@ class AttendExciteGuider(io.ComfyNode):
                         min=0.0,
                         max=1.0,
                         step=0.01,
-                        tooltip="How much of the nudge is left at the last step (under a square root).",
+                        tooltip="Fraction of scale_factor that is left at the last step (under a square root).",
                     )
                 ),
                 advanced(
                     io.String.Input(
                         "thresholds",
                         default="0:0.05, 0.2:0.5, 0.4:0.8",
-                        tooltip="At these fractions of the steps, nudge until every subject is this strong: fraction:strength, "
-                        "separated by commas. Empty: never more than one nudge a step.",
+                        tooltip="Pairs of fraction:strength, separated by commas: at this fraction of the steps, the latent is "
+                        "nudged until every subject is this strong. Empty: never more than one nudge per step, which is faster.",
                     )
                 ),
                 advanced(
                     io.Int.Input(
-                        "max_refinements", default=20, min=0, max=1000, tooltip="Most nudges at one threshold. Fewer is faster."
+                        "max_refinements",
+                        default=20,
+                        min=0,
+                        max=1000,
+                        tooltip="Maximum number of nudges at one threshold. Lower is faster.",
                     )
                 ),
                 advanced(
@@ -91,13 +94,15 @@ class AttendExciteGuider(io.ComfyNode):
                         default=0,
                         min=0,
                         max=256,
-                        tooltip="Where attention is read: tokens along the longer side. 0: a quarter of the latent's side, as "
-                        "published (16 for SD1.5 at 512 px).",
+                        tooltip="Resolution at which attention is read: tokens along the longer side. 0: a quarter of the "
+                        "latent's longer side, as published (16 for SD1.5 at 512 px).",
                     )
                 ),
                 advanced(
                     io.Boolean.Input(
-                        "smoothing", default=True, tooltip="Smooth the maps, so that a subject is more than one dot."
+                        "smoothing",
+                        default=True,
+                        tooltip="Smooth the attention maps, so that a subject is more than a single dot.",
                     )
                 ),
                 advanced(
@@ -106,14 +111,16 @@ class AttendExciteGuider(io.ComfyNode):
                     )
                 ),
                 advanced(
-                    io.Int.Input("kernel_size", default=3, min=1, max=31, step=2, tooltip="Size of the smoothing kernel; odd.")
+                    io.Int.Input(
+                        "kernel_size", default=3, min=1, max=31, step=2, tooltip="Size of the smoothing kernel; must be odd."
+                    )
                 ),
                 io.Combo.Input(
                     "loss",
                     options=[loss.value for loss in Loss],
                     default=Loss.ATTEND_EXCITE.value,
-                    tooltip="attend-and-excite: the weakest subject's strongest spot is made stronger. divide-and-bind: its map "
-                    "gets more contrast, which helps several of a kind.",
+                    tooltip="attend-and-excite: strengthens the peak of the weakest subject. divide-and-bind: raises the "
+                    "contrast of its map, which helps with several subjects of one kind.",
                 ),
                 io.Float.Input(
                     "overlap",
@@ -121,8 +128,8 @@ class AttendExciteGuider(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.05,
-                    tooltip="Also keep subjects apart: weight of the overlap of their maps. Try 1 when two subjects melt into "
-                    "one.",
+                    tooltip="Also keeps subjects apart: weight of the penalty on overlapping maps. Try 1 if two subjects merge "
+                    "into one.",
                 ),
                 advanced(
                     io.Float.Input(
@@ -131,33 +138,34 @@ class AttendExciteGuider(io.ComfyNode):
                         min=0.0,
                         max=100.0,
                         step=0.05,
-                        tooltip="Also keep apart what the subjects' places look at (self-attention). Helps similar subjects.",
+                        tooltip="Also keeps apart what the areas of the subjects attend to (self-attention). Helps with "
+                        "similar subjects and takes extra time.",
                     )
                 ),
                 io.Combo.Input(
                     "memory",
                     options=[memory.value for memory in Memory],
                     default=Memory.AUTO.value,
-                    tooltip="fast keeps everything for the backward pass; low computes blocks twice, one picture at a time, for "
-                    "a fraction of the memory. auto goes by the free memory.",
+                    tooltip="fast keeps everything for the backward pass. low recomputes blocks, one image at a time: slower, "
+                    "with a fraction of the memory. auto decides by the free memory.",
                 ),
                 io.Clip.Input(
-                    "clip", optional=True, tooltip="Only for prompts of other encoders: the text encoder they were made with."
+                    "clip", optional=True, tooltip="Only for prompts from other encoders: the text encoder that was used."
                 ),
                 io.String.Input(
                     "text",
                     optional=True,
                     multiline=True,
                     default="",
-                    tooltip="Only for prompts of other encoders: the positive prompt, exactly as it was encoded.",
+                    tooltip="Only for prompts from other encoders: the positive prompt, exactly as it was encoded.",
                 ),
                 advanced(
                     io.String.Input(
                         "layers",
                         optional=True,
                         default="",
-                        tooltip="Which cross-attention layers may be read, for example: output, or output.3-5. Empty: all of the "
-                        "attention grid, as published.",
+                        tooltip="Which cross-attention layers are read, for example: output, or output.3-5. Empty: all layers "
+                        "of the attention grid, as published.",
                     )
                 ),
             ],
@@ -165,7 +173,7 @@ class AttendExciteGuider(io.ComfyNode):
                 io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced or Attention Distillation Sampler."),
                 AttnMapsSocket.Output(
                     display_name="attn_maps",
-                    tooltip="Where the guided run looked, for Attention Map Preview. Filled when the sampler has run.",
+                    tooltip="The attention maps of the guided run, for Attention Map Preview. Empty until the sampler has run.",
                 ),
             ],
         )

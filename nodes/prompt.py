@@ -19,8 +19,8 @@ class FoveaPrompt(io.ComfyNode):
             "FoveaPrompt",
             display_name="Prompt with Subjects",
             description=(
-                "Encodes a prompt like CLIP Text Encode and remembers where each word is, so that other Fovea nodes can look at "
-                "words or guide them. Put the things that matter in square brackets: a [cat] and a [red frog]."
+                "Encodes a prompt like CLIP Text Encode and keeps the token positions of its words, so that other Fovea nodes "
+                "can show or guide single words. Put the subjects that matter in square brackets: a [cat] and a [red frog]."
             ),
             search_aliases=["prompt", "clip text encode", "subjects", "tokens", "words", "attend and excite", "attention maps"],
             inputs=[
@@ -29,14 +29,14 @@ class FoveaPrompt(io.ComfyNode):
                     "text",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="The prompt. Mark subjects with square brackets: a [cat] and a [red frog]. The picture is that of "
-                    r"the prompt without the brackets. Write \[ and \] for brackets that belong to the prompt.",
+                    tooltip="The prompt. Mark subjects with square brackets: a [cat] and a [red frog]. The brackets do not "
+                    r"change the image. Write \[ and \] for brackets that belong to the prompt.",
                 ),
             ],
             outputs=[
                 io.Conditioning.Output(
                     display_name="conditioning",
-                    tooltip="The encoded prompt, for any sampler or conditioning node, with the places of its words.",
+                    tooltip="The encoded prompt with the token positions of its words, for any sampler or conditioning node.",
                 )
             ],
         )

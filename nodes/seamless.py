@@ -1,4 +1,4 @@
-"""The ``FoveaSeamless`` and ``FoveaSeamlessDecode`` nodes: pictures that repeat without a seam."""
+"""The ``FoveaSeamless`` and ``FoveaSeamlessDecode`` nodes: images that tile without a seam."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ class FoveaSeamless(io.ComfyNode):
             "FoveaSeamless",
             display_name="Seamless Tiling",
             description=(
-                "Makes the model sample pictures that repeat without a seam: textures, patterns, wallpapers. For SD1.5, SD2 and "
+                "Makes the model sample images that tile without a seam: textures, patterns, wallpapers. For SD1.5, SD2 and "
                 "SDXL, with any sampler. Decode the latent with VAE Decode (Seamless)."
             ),
             search_aliases=["seamless", "tileable", "tiling", "texture", "pattern", "circular padding", "wallpaper"],
             inputs=[io.Model.Input("model", tooltip="The model to sample with: SD1.5, SD2 or SDXL.")],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="A model for which the picture's opposite edges are neighbours.")
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="The model, with opposite edges of the image joined. The input model is not changed.",
+                )
             ],
         )
 
@@ -38,13 +41,13 @@ class FoveaSeamlessDecode(io.ComfyNode):
         return node_schema(
             "FoveaSeamlessDecode",
             display_name="VAE Decode (Seamless)",
-            description="Decodes a latent that repeats without a seam, so that the picture does too.",
+            description="Decodes a latent that tiles without a seam, so that the image tiles too.",
             search_aliases=["seamless", "tileable", "vae decode", "circular vae", "texture", "pattern"],
             inputs=[
                 io.Latent.Input("samples", tooltip="From a sampler whose model went through Seamless Tiling."),
                 io.Vae.Input("vae", tooltip="The VAE of the checkpoint."),
             ],
-            outputs=[io.Image.Output(display_name="images", tooltip="The picture: put side by side, no edge is seen.")],
+            outputs=[io.Image.Output(display_name="images", tooltip="The image. Copies of it side by side show no seam.")],
         )
 
     @classmethod

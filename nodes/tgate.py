@@ -20,8 +20,8 @@ class TGateCache(io.ComfyNode):
             "TGateCache",
             display_name="T-GATE Cache",
             description=(
-                "Makes sampling faster with nearly the same picture: once the model has decided what goes where, the prompt's "
-                "attention is reused and the negative prompt is no longer computed. Put it between the model and the sampler."
+                "Makes sampling faster and keeps nearly the same image: once the composition is settled, attention to the "
+                "prompt is reused and the negative prompt is no longer computed. Place it between the model and the sampler."
             ),
             search_aliases=["t-gate", "tgate", "faster", "speed", "speed up", "cache", "accelerate", "skip cfg"],
             inputs=[
@@ -32,23 +32,23 @@ class TGateCache(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the steps that are computed in full before the gate. Lower is faster, higher stays closer "
-                    "to the plain picture. 1 switches the node off.",
+                    tooltip="Fraction of the steps before the gate, which are computed in full. Lower is faster; higher stays "
+                    "closer to the image without T-GATE. 1 turns the node off.",
                 ),
                 io.Combo.Input(
                     "cfg_after_gate",
                     options=_values(CfgAfterGate),
                     default=CfgAfterGate.DROP_KEEP_POSITIVE.value,
-                    tooltip="What happens to the negative prompt after the gate. Dropping it gives most of the speed. 'keep' "
-                    "leaves CFG on and reuses attention only. Use 'as published' to compare with the paper.",
+                    tooltip="What happens to the negative prompt after the gate. Dropping it gives most of the speed-up. "
+                    "'keep' leaves CFG on and only reuses attention. Use 'as published' to compare with the paper.",
                 ),
                 io.Int.Input(
                     "sp_interval",
                     default=5,
                     min=1,
                     max=100,
-                    tooltip="Before the gate, compute self-attention only every so many steps. 1 computes it always (T-GATE v1): "
-                    "slower, closer to the plain picture.",
+                    tooltip="Before the gate, self-attention is computed only every N steps. Higher is slightly faster; 1 "
+                    "computes it in every step (T-GATE v1) and stays closer to the image without T-GATE.",
                 ),
                 advanced(
                     io.Int.Input(
@@ -56,8 +56,8 @@ class TGateCache(io.ComfyNode):
                         default=1,
                         min=1,
                         max=100,
-                        tooltip="After the gate, compute self-attention only every so many steps. 1 computes it always. More is "
-                        "faster and loses fine detail.",
+                        tooltip="After the gate, self-attention is computed only every N steps. Higher is faster and loses "
+                        "fine detail; 1 computes it in every step.",
                     )
                 ),
                 advanced(
@@ -66,15 +66,15 @@ class TGateCache(io.ComfyNode):
                         default=2,
                         min=0,
                         max=100,
-                        tooltip="Steps at the start that always compute self-attention.",
+                        tooltip="Number of steps at the start in which self-attention is always computed.",
                     )
                 ),
                 io.Combo.Input(
                     "mode",
                     options=_values(Mode),
                     default=Mode.FIXED.value,
-                    tooltip="fixed: the gate opens at gate_at. auto: it opens as soon as the prompt's attention stops changing, "
-                    "at the latest at gate_at.",
+                    tooltip="fixed: the gate opens at gate_at. auto: it opens as soon as attention to the prompt stops "
+                    "changing, and at gate_at at the latest.",
                 ),
                 advanced(
                     io.Float.Input(
@@ -83,8 +83,8 @@ class TGateCache(io.ComfyNode):
                         min=0.0,
                         max=1.0,
                         step=0.005,
-                        tooltip="auto only: how little the prompt's attention may change from one step to the next (0.05 = 5 %) "
-                        "before the gate opens. Higher opens earlier.",
+                        tooltip="auto only: the gate opens when attention to the prompt changes by less than this from one "
+                        "step to the next (0.05 = 5 %). Higher opens it earlier.",
                     )
                 ),
                 advanced(
@@ -92,7 +92,7 @@ class TGateCache(io.ComfyNode):
                         "cache_device",
                         options=_values(CacheDevice),
                         default=CacheDevice.AUTO.value,
-                        tooltip="Where stored attention is kept. auto: on the GPU, or in system memory when little VRAM is free.",
+                        tooltip="Where the cached attention is stored. auto: on the GPU, or in system memory when VRAM is low.",
                     )
                 ),
                 advanced(
@@ -103,8 +103,8 @@ class TGateCache(io.ComfyNode):
                         max=MAX_SHARE,
                         step=0.05,
                         optional=True,
-                        tooltip="What is reused where the negative prompt is dropped: 0.5 is the mean of both prompts' "
-                        "attention, as published; 1 the positive prompt's own; above 1 goes away from the negative prompt.",
+                        tooltip="Which attention is reused when the negative prompt is dropped: 0.5 is the mean of both "
+                        "prompts, as published; 1 is the positive prompt alone; above 1 moves away from the negative prompt.",
                     )
                 ),
                 advanced(
@@ -114,13 +114,13 @@ class TGateCache(io.ComfyNode):
                         min=0,
                         max=100,
                         optional=True,
-                        tooltip="After the gate, compute a step in full every so many steps; in between, guidance goes on as it "
-                        "went through the last two of them. 0: never, as published. 3 stays much closer to the plain picture "
-                        "and keeps half of the speed; 2 is closer still.",
+                        tooltip="After the gate, every Nth step is computed in full; in between, guidance is extrapolated from "
+                        "the last two of them. 0: never, as published. 3 stays much closer to the image without T-GATE and "
+                        "keeps half of the speed-up; 2 is closer still.",
                     )
                 ),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The model with T-GATE. The incoming model is not changed.")],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model with T-GATE. The input model is not changed.")],
         )
 
     @classmethod

@@ -1,8 +1,8 @@
-// Pointing at a picture of "Attention Map Preview" shows the words that look at that place, with their share of attention.
+// Hovering over an image of "Attention Map Preview" shows the words with the most attention there, and their share of it.
 //
-// The node leaves a small file of word maps in the host's temp folder (its format: attention/pointing.py) and names it in
-// its output as `fovea_words`. This file only listens and shows a box of its own; it changes nothing in the front end, and
-// where a front end does not have what it looks for, nothing is shown.
+// The node writes a small file of word maps to ComfyUI's temp folder (its format: attention/pointing.py) and names it in
+// its output as `fovea_words`. This file only listens and shows a box of its own. It changes nothing in the front end, and
+// shows nothing in a front end that lacks what it needs.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
@@ -14,15 +14,15 @@ const FORMAT = 1;
 const outputs = new WeakMap(); // node -> its last output
 const files = new Map(); // file name -> its content; null while it loads and where it cannot be read
 let box = null;
-let pointer = null; // the last event: what is loaded late is shown where the pointer rests, and a tap has no second event
+let pointer = null; // the last event, for maps that load after it: a resting pointer or a tap sends no second one
 
-/** The same function, but an error in it stays inside it. */
+/** The same function, with its errors caught and logged. */
 function harmless(callback) {
   return (...args) => {
     try {
       return callback(...args);
     } catch (error) {
-      console.debug("Fovea: pointing at attention maps does not work here.", error);
+      console.debug("Fovea: hovering over attention maps does not work here.", error);
       return undefined;
     }
   };
@@ -59,15 +59,15 @@ async function load(file) {
   }
 }
 
-/** Which of the node's pictures an address belongs to; -1 for none. */
-function pictureIndex(node, address) {
+/** Index of the node's image that an address belongs to; -1 for none. */
+function imageIndexOf(node, address) {
   const name = new URL(address, location.href).searchParams.get("filename");
   return (outputOf(node)?.images ?? []).findIndex((image) => image.filename === name);
 }
 
 // --- what is under the pointer -------------------------------------------------------------------------------------
 
-/** Where in a picture a point of a box lies, if the picture is shown whole and centred in it: fractions, or null. */
+/** Where in an image a point of a frame lies, with the image whole and centred in it: fractions of its sides, or null. */
 function pointInside(point, frame, picture, most = Infinity) {
   const [left, top, width, height] = frame;
   const scale = Math.min(width / picture.naturalWidth, height / picture.naturalHeight, most);
@@ -107,15 +107,15 @@ function hitOnPage(event) {
   for (const picture of element.querySelectorAll("img")) {
     const frame = picture.getBoundingClientRect();
     const place = pointInside([event.clientX, event.clientY], [frame.left, frame.top, frame.width, frame.height], picture);
-    if (place && pictureIndex(node, picture.src) >= 0) return { node, picture, place };
+    if (place && imageIndexOf(node, picture.src) >= 0) return { node, picture, place };
   }
   return null;
 }
 
-/** Words at the place of a hit, the most attentive first, and the place in the picture that was made. */
+/** The words at a hit, most attention first, and the position in the sampled image. */
 function ranking({ node, picture, place }) {
   const content = wordMapsOf(node);
-  const shown = content?.pictures[pictureIndex(node, picture.src)];
+  const shown = content?.pictures[imageIndexOf(node, picture.src)];
   if (!shown) return null;
   const [x, y] = [place.x * shown.size[0], place.y * shown.size[1]];
   const panel = shown.panels.find(([left, top, width, height]) => x >= left && x < left + width && y >= top && y < top + height);
@@ -169,7 +169,7 @@ function point(event) {
   else if (box) box.style.display = "none";
 }
 
-/** The mouse has left the canvas: no further event would take the box away. (A finger that lifts leaves too.) */
+/** Hides the box when the mouse leaves the canvas, as no further event would. (A lifted finger leaves too, and is ignored.) */
 function leave(event) {
   if (event.pointerType === "touch") return;
   pointer = null;
@@ -178,7 +178,7 @@ function leave(event) {
 
 let listening = false;
 
-/** Listen where the canvas lies, and the nodes that are made of page elements. */
+/** Listens on the element that holds the canvas and the nodes made of page elements. */
 function listen() {
   const stage = app.canvas?.canvas?.parentElement;
   if (listening || !stage) return;
