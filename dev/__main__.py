@@ -1,7 +1,7 @@
-"""The developer commands: `python dev demo`, `test`, `eval`, `bench`, `matrix`, `neighbours`, `soak`, `api` and `env`.
+"""Run the developer commands; `python dev --help` lists them.
 
 Any Python 3.10 or newer can start them. It makes the environment they need, then hands over to that environment's
-Python: the same command again, with `FOVEA_INSIDE` set and `COMFYUI_PATH` naming the host. Started this way, the folder
+Python: the same command again, with `FOVEA_INSIDE` set and `COMFYUI_PATH` naming the ComfyUI. Started this way, the folder
 `dev` is on `sys.path` and the checkout is not, so the pack's `nodes` cannot be mistaken for ComfyUI's `nodes.py`.
 """
 
@@ -24,6 +24,16 @@ import suite
 from environment import SetupError
 
 INSIDE = "FOVEA_INSIDE"
+# The script behind a command that needs nothing but the environment.
+SCRIPTS = {
+    "matrix": "compatibility/matrix.py",
+    "neighbours": "compatibility/other_nodes.py",
+    "soak": "compatibility/soak.py",
+    "api": "compatibility/api.py",
+    "thumbnails": "workflows/thumbnails.py",
+    "screenshots": "browser/screenshots.py",
+}
+TAKES_NO_MORE = ("demo", "env", "check", "thumbnails", "screenshots")
 _SHARED_BY_BENCHMARKS = {"__init__", "measure", "memory", "models", "peers", "similarity", "daam_worker", "tgate_diffusers"}
 
 
@@ -40,25 +50,28 @@ def build_parser() -> argparse.ArgumentParser:
         parents=[host],
         help="run every check on the newest ComfyUI, and on the oldest what depends on it; what follows -- goes to pytest",
     )
-    test.add_argument("--host", metavar="VERSION", help="every check on this pinned ComfyUI, or on 'all' of them")
+    test.add_argument("--host", metavar="VERSION", help="run every check on this pinned ComfyUI, or on 'all' of them")
     add("eval", parents=[host], add_help=False, help="measure the embedded model, or a technique on it: eval [NAME]; eval --help")
     names = ", ".join(name for name in benchmarks() if name != "page")
     add("bench", parents=[host], add_help=False, help=f"measure speed and memory, all on one page, or one: {names}; NAME --help")
-    add("matrix", parents=[host], add_help=False, help="what every node does on every family of models; matrix --help")
-    add("neighbours", parents=[host], add_help=False, help="what every node does beside ComfyUI's own; neighbours --help")
-    add("soak", parents=[host], add_help=False, help="hundreds of prompts on one server: does anything grow? soak --help")
+    add("matrix", parents=[host], add_help=False, help="try every node on every family of models; matrix --help")
+    add("neighbours", parents=[host], add_help=False, help="try every node beside ComfyUI's own nodes; neighbours --help")
+    add("soak", parents=[host], add_help=False, help="run hundreds of prompts on one server: does anything grow? soak --help")
     add("api", parents=[host], add_help=False, help="does a ComfyUI have every name that the pack uses? api --help")
-    add("env", parents=[host], help="only make the environment and the hosts, and say where they are")
+    add("thumbnails", parents=[host], help="put the workflows and their images together again, after one of them changed")
+    add("screenshots", parents=[host], help="take the screenshots of docs/screenshots again, with Chromium")
+    add("check", parents=[host], help="run ruff and mypy only")
+    add("env", parents=[host], help="only make the environment and the ComfyUIs, and say where they are")
     return parser
 
 
 def benchmarks() -> list[str]:
-    """The modules of ``dev/bench`` that can be run; what they share is in the others."""
+    """List the modules of ``dev/bench`` that can be run; what they share is in the others."""
     return sorted(path.stem for path in (environment.DEV / "bench").glob("*.py") if path.stem not in _SHARED_BY_BENCHMARKS)
 
 
 def prepare(arguments: argparse.Namespace) -> environment.Environment:
-    """Somebody's own ComfyUI when one is named, else pinned ones: several for the tests, the newest for the rest."""
+    """Choose somebody's own ComfyUI when one is named, else pinned ones: several for the tests, the newest for the rest."""
     comfyui = arguments.comfyui or os.environ.get("COMFYUI_PATH")
     if comfyui:
         return environment.existing(Path(comfyui), arguments.python)
@@ -70,7 +83,7 @@ def prepare(arguments: argparse.Namespace) -> environment.Environment:
 
 
 def hand_over(made: environment.Environment, rest: list[str]) -> int:
-    """The same command again in the environment's Python; on Windows as a child, elsewhere in place of this process."""
+    """Run the same command again in the environment's Python; on Windows as a child, elsewhere in place of this process."""
     command = [str(made.python), str(environment.DEV), *rest]
     env = environment.clean_env(COMFYUI_PATH=str(made.hosts[0]), **{INSIDE: "1"})
     if os.name == "nt":
@@ -87,18 +100,17 @@ def run_script(script: Path, rest: list[str]) -> int:
 
 
 def run_inside(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """The command itself, now that this Python has all it needs."""
+    """Run the command itself, now that this Python has all it needs."""
     if arguments.command == "demo":
         return demo.main(Path(os.environ["COMFYUI_PATH"]), arguments)
     if arguments.command in ("eval", "bench"):
         script, rest = chosen_script(arguments.command, rest)
         return run_script(script, rest)
-    scripts = {"matrix": "matrix.py", "neighbours": "other_nodes.py", "api": "api.py", "soak": "soak.py"}
-    return run_script(environment.DEV / "compatibility" / scripts[arguments.command], rest)
+    return run_script(environment.DEV / SCRIPTS[arguments.command], rest)
 
 
 def chosen_script(command: str, rest: list[str]) -> tuple[Path, list[str]]:
-    """The script of ``eval [NAME]`` or ``bench [NAME]``, and what is left for it."""
+    """Choose the script of ``eval [NAME]`` or ``bench [NAME]``; returns it and the arguments that are left for it."""
     if command == "eval":
         folder, whole = environment.DEV / "scenes", "the model"
         usual = folder / "evaluate.py"
@@ -119,6 +131,8 @@ def run_outside(arguments: argparse.Namespace, rest: list[str], line: list[str])
     if arguments.command == "env":
         print(f"Python: {made.python}", *(f"ComfyUI: {host}" for host in made.hosts), sep="\n")
         return 0
+    if arguments.command == "check":
+        return suite.check(made.python)
     if arguments.command == "test":
         return suite.main(made, [argument for argument in rest if argument != "--"], whole=bool(arguments.host or rest))
     return hand_over(made, line)
@@ -127,10 +141,9 @@ def run_outside(arguments: argparse.Namespace, rest: list[str], line: list[str])
 def main(line: list[str]) -> int:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(line)
-    if rest and (arguments.command in ("demo", "env") or (arguments.command == "test" and rest[0] != "--")):
-        parser.error(
-            f"unknown argument {rest[0]}" + ("; arguments for pytest go after --" if arguments.command == "test" else "")
-        )
+    if rest and (arguments.command in TAKES_NO_MORE or (arguments.command == "test" and rest[0] != "--")):
+        hint = "; arguments for pytest go after --" if arguments.command == "test" else ""
+        parser.error(f"unknown argument {rest[0]}{hint}")
     if os.environ.pop(INSIDE, None):
         return run_inside(arguments, rest)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -1,6 +1,7 @@
-"""`python dev test`: ruff, mypy, then pytest on one pinned ComfyUI after the other, with a process for each processor.
+"""Run the tests, the command `python dev test`: ruff, mypy, then pytest on one pinned ComfyUI after the other.
 
-By default the newest ComfyUI gets every test, an older one those whose result depends on it (all but the marker `newest`).
+pytest starts a process for each processor. By default the newest ComfyUI gets every test, an older one those whose result
+depends on it (all but the marker `newest`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ PACK = "fovea_attention"
 
 @dataclass
 class Count:
-    """How many tests did what."""
+    """Count the tests that passed, failed and were skipped."""
 
     passed: int = 0
     failed: int = 0
@@ -60,8 +61,13 @@ def stop(child: subprocess.Popen[Any]) -> None:
             child.wait()
 
 
+def check_style(python: Path) -> int:
+    """Run ruff over everything."""
+    return run([str(python), "-m", "ruff", "check", "--no-cache", str(ROOT)])
+
+
 def check_types(python: Path) -> int:
-    """mypy over the pack and the developer commands.
+    """Run mypy over the pack and the developer commands.
 
     The pack is looked at through a link that is named like the module it is in tests: a checkout may have any name, and
     mypy takes the folder's name for the package's. It runs beside that link and not in the checkout, where it would take
@@ -77,7 +83,7 @@ def check_types(python: Path) -> int:
 
 
 class HostTests:
-    """pytest on one host. Its lines appear on ours as they come, behind the host's version where there are several."""
+    """Run pytest on one ComfyUI. Its lines appear on ours as they come, behind ComfyUI's version where there are several."""
 
     def __init__(self, python: Path, host: Path, arguments: Sequence[str], label: str = "") -> None:
         self.report = environment.home() / "log" / f"tests-{host.name}.xml"
@@ -103,7 +109,7 @@ class HostTests:
             sys.stdout.buffer.flush()
 
     def result(self) -> Count:
-        """The counts in its report file; without one, pytest itself broke, which is a failure."""
+        """Read the counts from its report file; without one, pytest itself broke, which is a failure."""
         code = self.child.wait()
         self.reader.join(10)
         count = read_report(self.report)
@@ -113,7 +119,10 @@ class HostTests:
 
 
 def run_tests(python: Path, hosts: Sequence[Path], arguments: Sequence[str], *, whole: bool = True) -> dict[str, Count]:
-    """pytest on one host after the other, the newest first, by version; not ``whole``: less on the others than on the first."""
+    """Run pytest on one ComfyUI after the other, the newest first; returns the counts by version.
+
+    Unless it is to be ``whole``, the others get fewer tests than the first.
+    """
     counts: dict[str, Count] = {}
     for host in hosts:
         version = host_version_of(host) or host.name
@@ -128,7 +137,7 @@ def run_tests(python: Path, hosts: Sequence[Path], arguments: Sequence[str], *, 
 
 
 def read_report(report: Path) -> Count:
-    """The counts in pytest's report file."""
+    """Read the counts from pytest's report file."""
     count = Count()
     if not report.is_file():
         return count
@@ -139,15 +148,20 @@ def read_report(report: Path) -> Count:
     return count
 
 
+def check(python: Path) -> int:
+    """Run ruff and mypy, both of them even when the first one complains."""
+    return int(any([check_style(python), check_types(python)]))
+
+
 def announce(number: int, total: int, what: str) -> None:
     print(f"\n[{number}/{total}] {what}", flush=True)
 
 
 def main(made: Environment, arguments: Sequence[str], *, whole: bool) -> int:
-    """Every check, all of them even when one fails; the last line sums up the tests."""
+    """Run every check, all of them even when one fails; the last line sums up the tests."""
     broken, start = [], time.monotonic()
     announce(1, 3, "ruff")
-    if run([str(made.python), "-m", "ruff", "check", "--no-cache", str(ROOT)]):
+    if check_style(made.python):
         broken.append("ruff")
     announce(2, 3, "mypy")
     if check_types(made.python):

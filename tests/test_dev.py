@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import runpy
 import shutil
 import signal
 import socket
@@ -24,6 +26,8 @@ import host_server
 import psutil
 import pytest
 import suite
+import tomlkit
+import yaml
 from environment import archives, front_ends, own_comfyui, packages, pythons, releases, setup
 from environment.archives import ensure_host
 from environment.releases import HostPin
@@ -395,6 +399,28 @@ def test_unknown_arguments_are_refused(line: list[str], complaint: str) -> None:
     assert complaint in result.stderr
 
 
+def test_commands_that_take_no_more_refuse_it() -> None:
+    for command in ("check", "thumbnails", "screenshots"):
+        result = dev(command, "--twice")
+        assert result.returncode == 2
+        assert "--twice" in result.stderr
+
+
+def test_every_command_has_its_script() -> None:
+    command_line = runpy.run_path(str(DEV / "__main__.py"))
+    assert [script for script in command_line["SCRIPTS"].values() if not (DEV / script).is_file()] == []
+    assert set(command_line["SCRIPTS"]) <= set(re.findall(r"^    (\w+)", command_line["build_parser"]().format_help(), re.M))
+
+
+@pytest.mark.parametrize("checks", [(0, 0), (1, 0), (0, 1)])
+def test_check_runs_ruff_and_mypy_and_reports_either(checks: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    for name, code in zip(("check_style", "check_types"), checks, strict=True):
+        monkeypatch.setattr(suite, name, lambda python, name=name, code=code: ran.append(name) or code)
+    assert suite.check(Path(sys.executable)) == max(checks)
+    assert ran == ["check_style", "check_types"]
+
+
 def test_test_results_are_counted_from_pytests_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOVEA_HOME", str(tmp_path))
     file = tmp_path / "test_few.py"
@@ -418,6 +444,40 @@ def test_a_run_that_breaks_before_its_tests_counts_as_failed(tmp_path: Path, mon
     file.write_text("raise SystemExit(7)\n")
     count = suite.run_tests(Path(sys.executable), [tmp_path], [str(file)])[tmp_path.name]
     assert count.failed and not count.passed
+
+
+# ------------------------------------------------------------------------------------------ the repository's habits
+
+
+def yaml_of(*path: str) -> dict[Any, Any]:
+    return yaml.safe_load(environment.ROOT.joinpath(*path).read_text(encoding="utf-8"))
+
+
+def steps_of(workflow: dict[Any, Any]) -> list[dict[str, Any]]:
+    return [step for job in workflow["jobs"].values() for step in job["steps"]]
+
+
+def test_every_push_and_pull_request_is_tested_as_on_anybodys_machine() -> None:
+    workflow = yaml_of(".github", "workflows", "test.yml")
+    assert set(workflow[True]) == {"push", "pull_request"}  # YAML 1.1 reads the key `on` as true
+    assert [step["run"] for step in steps_of(workflow) if "run" in step] == [".ci/run"]
+    assert all(job["timeout-minutes"] for job in workflow["jobs"].values())
+    assert os.access(environment.ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_a_version_tag_is_published_by_the_publisher_only() -> None:
+    workflow = yaml_of(".github", "workflows", "publish.yml")
+    assert workflow[True] == {"push": {"tags": ["v*"]}}
+    project = tomlkit.parse((environment.ROOT / "pyproject.toml").read_text(encoding="utf-8")).unwrap()["project"]
+    owner = project["urls"]["Repository"].split("/")[-2]
+    assert all(f"github.repository_owner == '{owner}'" in job["if"] for job in workflow["jobs"].values())
+    (publish,) = [step for step in steps_of(workflow) if step.get("uses", "").startswith("Comfy-Org/publish-node-action@")]
+    assert publish["with"] == {"personal_access_token": "${{ secrets.REGISTRY_ACCESS_TOKEN }}"}
+
+
+def test_a_commit_is_checked_by_a_command_that_exists() -> None:
+    hooks = [hook for repository in yaml_of(".pre-commit-config.yaml")["repos"] for hook in repository["hooks"]]
+    assert [hook["entry"] for hook in hooks] == ["python dev check"]
 
 
 # ------------------------------------------------------------------------------------------ the server

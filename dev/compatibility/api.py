@@ -37,7 +37,7 @@ class Use:
 
 
 def sources() -> list[Path]:
-    return [ROOT / "__init__.py", *sorted((ROOT / "attention").glob("*.py")), *sorted((ROOT / "nodes").glob("*.py"))]
+    return [ROOT / "__init__.py", *(path for folder in ("attention", "nodes") for path in sorted((ROOT / folder).rglob("*.py")))]
 
 
 def uses() -> list[Use]:
