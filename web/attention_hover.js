@@ -68,11 +68,11 @@ function imageIndexOf(node, address) {
 // --- what is under the pointer -------------------------------------------------------------------------------------
 
 /** Where in an image a point of a frame lies, with the image whole and centred in it: fractions of its sides, or null. */
-function pointInside(point, frame, picture, most = Infinity) {
+function pointInside(point, frame, image, most = Infinity) {
   const [left, top, width, height] = frame;
-  const scale = Math.min(width / picture.naturalWidth, height / picture.naturalHeight, most);
-  const x = 0.5 + (point[0] - left - width / 2) / (picture.naturalWidth * scale);
-  const y = 0.5 + (point[1] - top - height / 2) / (picture.naturalHeight * scale);
+  const scale = Math.min(width / image.naturalWidth, height / image.naturalHeight, most);
+  const x = 0.5 + (point[0] - left - width / 2) / (image.naturalWidth * scale);
+  const y = 0.5 + (point[1] - top - height / 2) / (image.naturalHeight * scale);
   return x >= 0 && x < 1 && y >= 0 && y < 1 ? { x, y } : null;
 }
 
@@ -87,16 +87,16 @@ function hitOnCanvas(event) {
   if (node.imageIndex == null) {
     for (const [index, frame] of (node.imageRects ?? []).entries()) {
       const place = node.imgs[index] && pointInside(point, frame, node.imgs[index]);
-      if (place) return { node, picture: node.imgs[index], place };
+      if (place) return { node, image: node.imgs[index], place };
     }
     return null;
   }
-  const picture = node.imgs[node.imageIndex];
+  const image = node.imgs[node.imageIndex];
   const widget = node.widgets?.find((each) => each.name === "$$canvas-image-preview");
-  if (!picture || !widget?.computedHeight) return null;
+  if (!image || !widget?.computedHeight) return null;
   const note = app.extensionManager?.setting?.get?.("Comfy.Node.AllowImageSizeDraw") === false ? 0 : 15;
-  const place = pointInside(point, [0, widget.y, node.size[0], widget.computedHeight - note], picture, 1);
-  return place && { node, picture, place };
+  const place = pointInside(point, [0, widget.y, node.size[0], widget.computedHeight - note], image, 1);
+  return place && { node, image, place };
 }
 
 /** The hit of a node that is made of page elements. */
@@ -104,18 +104,18 @@ function hitOnPage(event) {
   const element = event.target?.closest?.("[data-node-id]");
   const node = element && app.canvas?.graph?.getNodeById?.(element.dataset.nodeId);
   if (node?.comfyClass !== NODE) return null;
-  for (const picture of element.querySelectorAll("img")) {
-    const frame = picture.getBoundingClientRect();
-    const place = pointInside([event.clientX, event.clientY], [frame.left, frame.top, frame.width, frame.height], picture);
-    if (place && imageIndexOf(node, picture.src) >= 0) return { node, picture, place };
+  for (const image of element.querySelectorAll("img")) {
+    const frame = image.getBoundingClientRect();
+    const place = pointInside([event.clientX, event.clientY], [frame.left, frame.top, frame.width, frame.height], image);
+    if (place && imageIndexOf(node, image.src) >= 0) return { node, image, place };
   }
   return null;
 }
 
 /** The words at a hit, most attention first, and the position in the sampled image. */
-function ranking({ node, picture, place }) {
+function ranking({ node, image, place }) {
   const content = wordMapsOf(node);
-  const shown = content?.pictures[imageIndexOf(node, picture.src)];
+  const shown = content?.pictures[imageIndexOf(node, image.src)];
   if (!shown) return null;
   const [x, y] = [place.x * shown.size[0], place.y * shown.size[1]];
   const panel = shown.panels.find(([left, top, width, height]) => x >= left && x < left + width && y >= top && y < top + height);
