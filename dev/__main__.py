@@ -27,6 +27,7 @@ INSIDE = "FOVEA_INSIDE"
 # The script behind a command that needs nothing but the environment.
 SCRIPTS = {
     "matrix": "compatibility/matrix.py",
+    "beside": "compatibility/other_nodes.py",
     "neighbours": "compatibility/other_nodes.py",
     "soak": "compatibility/soak.py",
     "api": "compatibility/api.py",
@@ -55,7 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     names = ", ".join(name for name in benchmarks() if name != "page")
     add("bench", parents=[host], add_help=False, help=f"measure speed and memory, all on one page, or one: {names}; NAME --help")
     add("matrix", parents=[host], add_help=False, help="try every node on every family of models; matrix --help")
-    add("neighbours", parents=[host], add_help=False, help="try every node beside ComfyUI's own nodes; neighbours --help")
+    beside = "try every node beside ComfyUI's own nodes; beside --help"
+    add("beside", aliases=["neighbours"], parents=[host], add_help=False, help=beside)
     add("soak", parents=[host], add_help=False, help="run hundreds of prompts on one server: does anything grow? soak --help")
     add("api", parents=[host], add_help=False, help="does a ComfyUI have every name that the pack uses? api --help")
     add("thumbnails", parents=[host], help="put the workflows and their images together again, after one of them changed")

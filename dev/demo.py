@@ -1,4 +1,4 @@
-"""`python dev demo`: a real ComfyUI runs a shipped workflow, and says where the pictures are and which page to open."""
+"""Run a shipped workflow on a real ComfyUI, the command `python dev demo`: says where the images are and which page to open."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ WORKFLOW = "T-GATE - same image, faster"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workflow", default=WORKFLOW, metavar="NAME", help=f'which workflow to run (default: "{WORKFLOW}")')
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the pictures go (default: .fovea/demo)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the images go (default: .fovea/demo)")
     parser.add_argument("--port", type=int, default=8188, help="the server's port (default: 8188; 0 = any free one)")
-    parser.add_argument("--once", action="store_true", help="stop after the pictures instead of leaving the server open")
-    parser.add_argument("--thumbnail", action="store_true", help="also remake the workflow's thumbnail from this run's pictures")
+    parser.add_argument("--once", action="store_true", help="stop after the images instead of leaving the server open")
+    parser.add_argument("--thumbnail", action="store_true", help="also remake the workflow's thumbnail from this run's images")
 
 
 class ProgressLines:
@@ -56,21 +56,21 @@ class ProgressLines:
         self.node = ""
 
 
-def save_pictures(server: HostServer, result: Result, prompt: Prompt, folder: Path) -> dict[Path, str]:
-    """Write the pictures of a run, named after the nodes that made them; returns the files and those nodes' titles."""
+def save_images(server: HostServer, result: Result, prompt: Prompt, folder: Path) -> dict[Path, str]:
+    """Write the images of a run, named after the nodes that made them; returns the files and those nodes' titles."""
     folder.mkdir(parents=True, exist_ok=True)
     saved: dict[Path, str] = {}
-    for picture in sorted(result.pictures, key=lambda picture: int(picture.node)):
-        title = prompt[picture.node].get("_meta", {}).get("title") or picture.filename
+    for image in sorted(result.images, key=lambda image: int(image.node)):
+        title = prompt[image.node].get("_meta", {}).get("title") or image.filename
         name = re.sub(r"[^\w-]+", "-", title).strip("-").lower()
-        path = folder / f"{len(saved) + 1}-{name}{Path(picture.filename).suffix}"
-        path.write_bytes(server.fetch(picture))
+        path = folder / f"{len(saved) + 1}-{name}{Path(image.filename).suffix}"
+        path.write_bytes(server.fetch(image))
         saved[path] = title
     return saved
 
 
 def run_workflow(server: HostServer, path: Path, folder: Path) -> dict[Path, str]:
-    """Convert, run with progress, save."""
+    """Convert the workflow, run it with progress, and save its images."""
     prompt = workflow_files.convert(workflow_files.load(path), server.object_info())
     lines = ProgressLines(prompt)
     print(f"Running: {path.stem}", flush=True)
@@ -78,14 +78,14 @@ def run_workflow(server: HostServer, path: Path, folder: Path) -> dict[Path, str
         result = server.run(prompt, lines)
     finally:
         lines.close()
-    pictures = save_pictures(server, result, prompt, folder)
-    if not pictures:
-        raise WorkflowError(f"{path.stem} ran but made no picture.")
-    return pictures
+    images = save_images(server, result, prompt, folder)
+    if not images:
+        raise WorkflowError(f"{path.stem} ran but made no image.")
+    return images
 
 
 def show(host: Path, arguments: argparse.Namespace) -> None:
-    """The demo itself, with the host's Python."""
+    """Show the demo itself, with ComfyUI's Python."""
     path = workflow_files.find(arguments.workflow)
     folder = (arguments.out or environment.home() / "demo").resolve()
     server = HostServer(host, environment.home() / "server", port=arguments.port)
@@ -93,10 +93,10 @@ def show(host: Path, arguments: argparse.Namespace) -> None:
     start = time.monotonic()
     with server:
         print(f"{time.monotonic() - start:.0f} s", flush=True)
-        pictures = run_workflow(server, path, folder)
-        print("Pictures:", *(f"  {picture}" for picture in pictures), sep="\n", flush=True)
+        images = run_workflow(server, path, folder)
+        print("Images:", *(f"  {image}" for image in images), sep="\n", flush=True)
         if arguments.thumbnail:
-            make_thumbnail(path, pictures)
+            make_thumbnail(path, images)
         if arguments.once:
             print(f"Done; the server at {server.url} is closed.")
             return
@@ -107,11 +107,11 @@ def show(host: Path, arguments: argparse.Namespace) -> None:
             server.check_alive("by itself")
 
 
-def make_thumbnail(workflow: Path, pictures: dict[Path, str]) -> None:
+def make_thumbnail(workflow: Path, images: dict[Path, str]) -> None:
     from workflows import thumbnails  # needs Pillow, which only the environment's Python has
 
     target = workflow.with_suffix(".jpg")
-    thumbnails.make_thumbnail(list(pictures), list(pictures.values()), target)
+    thumbnails.make_thumbnail(list(images), list(images.values()), target)
     print(f"Thumbnail: {target}\n  to drag onto the canvas: {thumbnails.carry_workflow(workflow)}", flush=True)
 
 

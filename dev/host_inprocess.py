@@ -1,7 +1,7 @@
 """Start a real ComfyUI inside this process: for tests, benchmarks and evaluation.
 
-The server is another matter (``host_server.py``); here only the host's Python modules are imported, the way
-``main.py`` imports them, and the pack is loaded the way the host loads a custom node folder.
+The server is another matter (``host_server.py``); here only ComfyUI's Python modules are imported, the way
+``main.py`` imports them, and the pack is loaded the way ComfyUI loads a custom node folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def start_host(path: str | os.PathLike[str] | None = None, *, cpu: bool | None =
         raise FileNotFoundError(f"{host} is not a ComfyUI folder (it has no 'comfy' inside). Set COMFYUI_PATH or pass --comfyui.")
     if "comfy" in sys.modules:
         raise RuntimeError("ComfyUI is already imported in this process; start_host() must come first.")
-    # The pack's own `nodes` folder must not shadow the host's `nodes.py`.
+    # The pack's own `nodes` folder must not shadow ComfyUI's `nodes.py`.
     sys.path[:] = [p for p in sys.path if Path(p or os.getcwd()).resolve() != ROOT]
     sys.path.insert(0, str(host))
     own_argv, sys.argv = sys.argv, [sys.argv[0], *argv]
@@ -65,7 +65,7 @@ def load_pack() -> ModuleType:
 
 
 def pack_nodes() -> dict[str, Any]:
-    """The pack's node classes by node id, from its real entry point."""
+    """Return the pack's node classes by node id, from its real entry point."""
 
     async def collect() -> list[Any]:
         extension = await load_pack().comfy_entrypoint()
@@ -75,12 +75,12 @@ def pack_nodes() -> dict[str, Any]:
 
 
 def host_node(name: str, module: str = "nodes") -> Callable[..., Any]:
-    """A node of the host as a function of its inputs, by its class's name; the hosts define them in two ways."""
+    """Return a node of ComfyUI as a function of its inputs, by its class's name; ComfyUI defines nodes in two ways."""
     cls = getattr(importlib.import_module(module), name)
     return cls.execute if hasattr(cls, "execute") else getattr(cls(), cls.FUNCTION)
 
 
 def register_demo_model() -> None:
-    """Make the host's standard loaders recognise the embedded model (demo and test hosts only)."""
+    """Make ComfyUI's standard loaders recognise the embedded model (in demos and tests only)."""
     if "fovea_demo_model" not in sys.modules:
         _load_folder("fovea_demo_model", _DEMO_NODES / "fovea_demo_model")

@@ -1,6 +1,6 @@
-"""A real ComfyUI server with the pack in it: start it, talk to it, and leave nothing running.
+"""Start a real ComfyUI server with the pack in it, talk to it, and leave nothing running.
 
-The server gets a base folder of its own (`--base-directory`), so the host's folder is only read: the pack and the demo
+The server gets a base folder of its own (`--base-directory`), so ComfyUI's folder is only read: the pack and the demo
 model's node folder are linked into `custom_nodes`, the embedded checkpoint into `models/checkpoints`.
 """
 
@@ -48,8 +48,8 @@ class WorkflowError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture the server holds, and the node that made it."""
+class SavedImage:
+    """An image the server holds, and the node that made it."""
 
     node: str
     filename: str
@@ -61,13 +61,18 @@ class Picture:
 class Result:
     """What a finished workflow left behind."""
 
-    pictures: list[Picture] = field(default_factory=list)
+    images: list[SavedImage] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     outputs: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def pictures(self) -> list[SavedImage]:
+        """The images, under the name that older scripts know."""
+        return self.images
+
 
 def has_accelerator() -> bool:
-    """Whether torch finds something faster than the CPU here."""
+    """Return whether torch finds something faster than the CPU here."""
     import torch
 
     return torch.cuda.is_available() or torch.backends.mps.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
@@ -119,7 +124,7 @@ def furnish(base: Path) -> None:
 
 
 def _die_with_parent() -> Callable[[], None] | None:
-    """On Linux: end the server even when this process is killed without a chance to tidy up."""
+    """End the server, on Linux, even when this process is killed without a chance to tidy up."""
     if sys.platform != "linux":
         return None
     libc, set_parent_death_signal = ctypes.CDLL(None), 1
@@ -263,12 +268,12 @@ class HostServer:
         return json.loads(self.request(path, timeout=timeout))
 
     def object_info(self) -> dict[str, Any]:
-        """The schema of every node this server has."""
+        """Return the schema of every node this server has."""
         return self.get("/object_info")
 
-    def fetch(self, picture: Picture) -> bytes:
-        """The bytes of a picture, as the server saved it."""
-        query = {"filename": picture.filename, "subfolder": picture.subfolder, "type": picture.kind}
+    def fetch(self, image: SavedImage) -> bytes:
+        """Fetch the bytes of an image, as the server saved it."""
+        query = {"filename": image.filename, "subfolder": image.subfolder, "type": image.kind}
         return self.request("/view?" + urllib.parse.urlencode(query))
 
     def run(self, prompt: Prompt, on_progress: OnProgress | None = None, timeout: float = 1800) -> Result:
@@ -309,7 +314,7 @@ class HostServer:
         current, since = "", time.monotonic()
         async for message in socket:
             if not isinstance(message.data, str):
-                continue  # preview pictures
+                continue  # preview images
             event = json.loads(message.data)
             kind, data = event["type"], event.get("data") or {}
             if data.get("prompt_id") != prompt_id:
@@ -339,19 +344,19 @@ class HostServer:
         result = Result(seconds=seconds, outputs=entry["outputs"])
         for node, output in entry["outputs"].items():
             for image in output.get("images", ()):
-                result.pictures.append(Picture(node, image["filename"], image["subfolder"], image["type"]))
+                result.images.append(SavedImage(node, image["filename"], image["subfolder"], image["type"]))
         return result
 
 
 def label(prompt: Prompt, node: str) -> str:
-    """How to name a node to a person: `node 7 (KSampler, "plain run")`."""
+    """Name a node for a person: `node 7 (KSampler, "plain run")`."""
     entry = prompt.get(node, {})
     kind, title = entry.get("class_type", "unknown"), entry.get("_meta", {}).get("title")
     return f'node {node} ({kind}, "{title}")' if title and title != kind else f"node {node} ({kind})"
 
 
 def refusal(prompt: Prompt, body: bytes) -> str:
-    """Why the server would not queue a workflow, in words."""
+    """Say why the server would not queue a workflow."""
     try:
         answer = json.loads(body)
     except ValueError:

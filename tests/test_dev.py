@@ -280,8 +280,17 @@ def test_a_broken_environment_is_made_again(
     assert environment.ensure((pin,)) == made
     printed = capsys.readouterr().out
     assert "is broken; making it again" in printed
-    assert printed.count("ready") == 5, printed  # 4 before the check failed, and the host once more
+    assert printed.count("ready") == 5, printed  # 4 before the check failed, and ComfyUI once more
     assert not mark.exists() and pip_calls == ["install"] * 6
+
+
+def test_packages_are_installed_again_for_a_changed_line_but_not_for_a_comment(tmp_path: Path) -> None:
+    requirements = tmp_path / "requirements.txt"
+    found = []
+    for text in ("torch\nnumpy>=1", "# newer\ntorch  # with CUDA\n\nnumpy>=1\n", "torch\nnumpy>=2"):
+        requirements.write_text(text)
+        found.append(packages.packages_fingerprint(tmp_path))
+    assert found[0] == found[1] != found[2]
 
 
 def test_hosts_are_chosen_by_version() -> None:
@@ -409,7 +418,7 @@ def test_commands_that_take_no_more_refuse_it() -> None:
 def test_every_command_has_its_script() -> None:
     command_line = runpy.run_path(str(DEV / "__main__.py"))
     assert [script for script in command_line["SCRIPTS"].values() if not (DEV / script).is_file()] == []
-    assert set(command_line["SCRIPTS"]) <= set(re.findall(r"^    (\w+)", command_line["build_parser"]().format_help(), re.M))
+    assert set(command_line["SCRIPTS"]) <= set(re.findall(r"\w+", command_line["build_parser"]().format_help()))
 
 
 @pytest.mark.parametrize("checks", [(0, 0), (1, 0), (0, 1)])
@@ -615,7 +624,7 @@ def test_progress_is_reported_while_a_workflow_runs(server: HostServer, prompt: 
 
 def tiny_info() -> dict[str, Any]:
     return {
-        "Picture": {
+        "Image": {
             "input": {"required": {"width": ["INT", {"default": 8}]}},
             "input_order": {"required": ["width"]},
             "output": [],
@@ -624,7 +633,7 @@ def tiny_info() -> dict[str, Any]:
 
 
 def tiny_workflow(**changes: Any) -> dict[str, Any]:
-    return {"nodes": [{"id": 1, "type": "Picture", "inputs": [], "outputs": [], "widgets_values": [64]}], "links": [], **changes}
+    return {"nodes": [{"id": 1, "type": "Image", "inputs": [], "outputs": [], "widgets_values": [64]}], "links": [], **changes}
 
 
 def test_a_workflow_is_converted_with_its_values() -> None:

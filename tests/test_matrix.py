@@ -1,4 +1,4 @@
-"""The generated tables, of families and of other nodes, are what their commands measure, and miss nothing of the host's list."""
+"""The generated tables, of families and of other nodes, are what their commands measure, and miss nothing of ComfyUI's list."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_the_readme_shows_what_is_measured():
 
 @pytest.mark.usefixtures("of_this_host")
 def test_the_page_of_other_nodes_shows_what_is_measured():
-    lines = other_nodes.measure([neighbour for neighbour in other_nodes.NEIGHBOURS if neighbour not in other_nodes.SLOW])
+    lines = other_nodes.measure([other for other in other_nodes.OTHER_NODES if other not in other_nodes.SLOW])
     assert [text for line in lines for text in line.faults] == []
-    assert [line.name for line in lines] == [neighbour.name for neighbour in other_nodes.NEIGHBOURS[: len(lines)]]
+    assert [line.name for line in lines] == [other.name for other in other_nodes.OTHER_NODES[: len(lines)]]
     page = other_nodes.PAGE.text()
     shown = set(page.splitlines())
     table, said = tables.render(lines, other_nodes.PAGE.first).split("\n\n", 1)
-    assert set(table.splitlines()) <= shown, "run `python dev neighbours --write` and look at its diff"
+    assert set(table.splitlines()) <= shown, "run `python dev beside --write` and look at its diff"
     assert said in page
 
 

@@ -1,1 +1,1 @@
-"""Benchmarks: one module a technique, run as ``python dev bench NAME``."""
+"""Benchmarks, one module for each technique, run as ``python dev bench NAME``."""

@@ -1,9 +1,9 @@
-"""What T-GATE keeps in memory, at real width, in half precision.
+"""Measure what T-GATE keeps in memory, at real width, in half precision.
 
     python dev bench cache [--steps N] [--out FILE]
 
-Run on networks of SD1.5's and SDXL's layout, a tenth as wide and on a picture of a quarter of the usual side: what is kept has as
-many numbers for a token as the network has channels, and as many tokens as the picture has pixels (or a fixed part of them), so
+Run on networks of SD1.5's and SDXL's layout, a tenth as wide and on an image of a quarter of the usual side: what is kept has as
+many numbers for a token as the network has channels, and as many tokens as the image has pixels (or a fixed part of them), so
 the real figure is 160 times as much.
 """
 
@@ -34,14 +34,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes at real width in half precision, for one picture."""
+    """Bytes at real width in half precision, for one image."""
 
     peak: float
     after_gate: float
 
 
 def measure(shape: Shape, size: int, steps: int, smaller: int = 1, **settings: Any) -> Kept:
-    """Of a picture of ``size`` pixels, seen on one that is so many times smaller."""
+    """Measure for an image of ``size`` pixels, on one that is ``smaller`` times smaller."""
     narrow, side = tiny(shape), size // 8 // smaller
     model = tgate(host_network(narrow), **settings)
     with watched_runs() as seen:
@@ -58,7 +58,7 @@ def report(steps: int) -> str:
             kept = measure(SHAPES[name], size, steps, SMALLER, **inputs)
             rows.append((setting, f"{kept.peak / 2**20:.1f}", f"{kept.after_gate / 2**20:.1f}"))
         header = ("T-GATE Cache", "at most, MiB", "after the gate, MiB")
-        parts.append(f"### {SHAPES[name].layout}, {size} px, one picture, half precision\n\n{table(header, rows)}")
+        parts.append(f"### {SHAPES[name].layout}, {size} px, one image, half precision\n\n{table(header, rows)}")
     return "\n\n".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""diffusers' plain sampling, and the same under ``daam``: a process of its own, for ``bench.maps``.
+"""Sample with diffusers, plainly and under ``daam``, in a process of its own for ``bench.maps``.
 
 Runs in any Python that has diffusers and daam. A line of its input is a wish, ``plain`` or ``daam``; one run is made for
 it, and the answer is a line of JSON: the bytes of the maps. The weights are random ones in SD1.5's shape.
@@ -18,11 +18,11 @@ import torch
 
 from bench.models import DTYPES, SD15, TINY, TOKENS, Shape, Target, diffusers_unet, random_tensor, randomise
 
-_KNOWN_SIDE = 64  # of the latent that daam takes a picture of SD1.x to have
+_KNOWN_SIDE = 64  # of the latent that daam assumes for every image of SD1.x
 
 
 def build(shape: Shape, target: Target) -> Any:
-    """A pipeline of a network and a scheduler alone."""
+    """Build a pipeline of a network and a scheduler alone."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     unet = diffusers_unet(shape).to(target.dtype).to_empty(device=target.device)
@@ -38,7 +38,7 @@ def build(shape: Shape, target: Target) -> Any:
 
 
 def tracer(pipe: Any, folder: str) -> Any:
-    """daam's hooks on the cross-attentions. Those on the pipeline want a prompt in words, and do not touch the maps."""
+    """Return daam's hooks on the cross-attentions. Those on the pipeline want a prompt in words and do not touch the maps."""
     from daam import trace
 
     made = trace(pipe, data_dir=folder)

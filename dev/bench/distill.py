@@ -1,4 +1,4 @@
-"""Attention Distillation: time and memory beside a plain restatement of the authors' guided sampling.
+"""Measure Attention Distillation's time and memory beside a plain restatement of the authors' guided sampling.
 
     python dev bench distill [--size PX] [--steps N] [--pairs N] [--iterations N] [--dtype T] [--tiny] [--out FILE]
 
@@ -88,7 +88,7 @@ class Noise:
 
 
 def restatement() -> Any:
-    """The module of the tests, which needs nothing but torch."""
+    """Load the restatement from the tests; it needs nothing but torch."""
     path = ROOT / "tests" / "distill_reference.py"
     spec = importlib.util.spec_from_file_location("fovea_distill_reference", path)
     assert spec is not None and spec.loader is not None
@@ -99,7 +99,7 @@ def restatement() -> Any:
 
 
 def casting(network: torch.nn.Module, target: Target) -> torch.nn.Module:
-    """The network, which then takes what it is given to its device and type as the host would, and answers in float32."""
+    """Wrap the network so that it casts its inputs to its device and type, as ComfyUI would, and answers in float32."""
 
     def cast(module: Any, args: tuple[Tensor, Tensor], kwargs: dict[str, Tensor]) -> Any:
         z, times = args
@@ -115,7 +115,8 @@ class Setup:
 
     def __init__(self, shape: Shape, target: Target = CPU) -> None:
         load_pack()
-        from fovea_attention.attention import distill, distill_reference
+        from fovea_attention.attention.distill import references as distill_reference
+        from fovea_attention.attention.distill import run as distill
 
         self.target = target
         self.model = host_network(shape, target)
@@ -137,13 +138,13 @@ class Setup:
         if not again:
             self.features.CACHE.clear()
         base_model = self.model.model
-        pictures = (torch.zeros_like(case.latent(0)), base_model.process_latent_out(case.latent(3)))
+        images = (torch.zeros_like(case.latent(0)), base_model.process_latent_out(case.latent(3)))
         ran = Ran()
         began = now()
         with torch.inference_mode(), metered(self.distill._Run, "after_step", ran, meter):
             output, _, report = pack_nodes()["AttentionDistillSampler"].execute(
                 Noise(case.latent(0)), guider, comfy.samplers.sampler_object("euler"), self.sigmas(case.steps),
-                *({"samples": picture} for picture in pictures), [[case.prompt(4), {}]], iterations=case.iterations,
+                *({"samples": image} for image in images), [[case.prompt(4), {}]], iterations=case.iterations,
                 learning_rate=LEARNING_RATE, memory=memory,
             ).args  # fmt: skip
         ran.whole = now() - began
@@ -185,7 +186,7 @@ class Setup:
 
 @contextmanager
 def metered(owner: Any, name: str, ran: Ran, meter: Meter) -> Iterator[None]:
-    """Every call of a method, timed, within ``meter``."""
+    """Time every call of a method within ``meter``."""
     method = getattr(owner, name)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -206,13 +207,13 @@ def unmetered(call: Callable[[], Any]) -> Any:
 
 
 def difference(found: Ran, other: Ran) -> tuple[float, float]:
-    """Of the first losses, as a share; of the latents at the end, on average, as a share of their spread."""
+    """Compare the first losses, as a share, and the final latents, on average, as a share of their spread."""
     first = abs(found.losses[0] - other.losses[0]) / other.losses[0]
     return first, float((found.latent - other.latent).abs().mean() / other.latent.std())
 
 
 def measure_time(setup: Setup, case: Case, pairs: int, say: Callable[[str], None] = print) -> dict[str, list[Ran]]:
-    """All runs of each side after the first."""
+    """Time every run of each side after the first."""
     runs: dict[str, list[Ran]] = {}
 
     def whole_run(name: str, side: Callable[[Case, Meter], Ran]) -> None:
@@ -240,7 +241,7 @@ def within(memory: HeldTensors | AllocatedMemory, call: Callable[[], Any]) -> An
 
 
 def measure_memory(setup: Setup, case: Case) -> dict[str, dict[str, int]]:
-    """Peak bytes while one step is distilled with one iteration: of tensors that are held, and as the allocator has it.
+    """Measure peak bytes while one step is distilled with one iteration: of held tensors, and by the allocator.
 
     On a GPU there is the allocator's record alone.
     """
@@ -295,7 +296,7 @@ def report(case: Case, pairs: int, target: Target) -> str:
     runs = measure_time(setup, case, pairs)
     settings = (
         f"Guided sampling, {case.steps} steps of ddim_uniform, {case.iterations} iterations of {LEARNING_RATE:g} after each, "
-        f"AdaIN, cfg {CFG:g}, one reference of the picture's size. Median of {pairs} pairs (lowest to highest)."
+        f"AdaIN, cfg {CFG:g}, one reference of the image's size. Median of {pairs} pairs (lowest to highest)."
     )
     return "\n\n".join([title, f"Measured on: {machine(target)}.", settings, time_table(case, runs), memory_table(peaks)])
 
@@ -307,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     add_dtype_argument(parser)
     parser.add_argument("--iterations", type=int, default=3, help="after each step (published: 3)")
     parser.add_argument("--pairs", type=int, default=5, help="counted turns of all variants")
-    parser.add_argument("--tiny", action="store_true", help="a tiny network and a small picture, to try the benchmark itself")
+    parser.add_argument("--tiny", action="store_true", help="a tiny network and a small image, to try the benchmark itself")
     add_run_arguments(parser)
     args = parser.parse_args(argv)
     if args.size and args.size % 64:

@@ -1,4 +1,4 @@
-"""DiT: time beside diffusers' DiTTransformer2DModel with the same weights.
+"""Time DiT beside diffusers' DiTTransformer2DModel with the same weights.
 
     python dev bench dit [--size PX] [--steps N] [--pairs N] [--threads N] [--peer NAME=PATH] [--tiny] [--out FILE]
 
@@ -35,7 +35,7 @@ TINY = {"num_attention_heads": 2, "attention_head_dim": 64, "num_layers": 3}
 
 
 def diffusers_network(layout: dict[str, int], size: int) -> Any:
-    """With random weights, and one embedder for all blocks, as in every converted checkpoint."""
+    """Build diffusers' network with random weights and one embedder for all blocks, as in every converted checkpoint."""
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(0)
@@ -51,9 +51,9 @@ def diffusers_network(layout: dict[str, int], size: int) -> Any:
 
 
 def loaded(network: Any) -> Any:
-    """The same weights through Load DiT, as from a file."""
+    """Load the same weights through Load DiT, as from a file."""
     load_pack()
-    from fovea_attention.attention.dit_host import load_dit
+    from fovea_attention.attention.dit import load_dit
 
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder, "dit.safetensors"))
@@ -79,7 +79,7 @@ class Peer:
         return cls(loader, label, null) if loader and label and null else None
 
     def run(self, path: Path, size: int, sigmas: Tensor, noise: Tensor) -> Callable[[], Tensor]:
-        """Of a file in the authors' layout."""
+        """Sample from a file in the authors' layout."""
         import folder_paths
 
         folder_paths.add_model_folder_path("checkpoints", str(path.parent))
@@ -90,7 +90,7 @@ class Peer:
 
 
 def save_as_the_authors(model: Any, size: int, path: Path) -> None:
-    """The weights of our model, and the table of positions, which is part of their files."""
+    """Save our model's weights with the table of positions, which is part of the authors' files."""
     from fovea_attention.attention.dit import position_table
 
     network = model.model.diffusion_model
@@ -103,7 +103,7 @@ def peers(named: list[str]) -> dict[str, Peer]:
 
 
 def their_run(network: Any, sigmas: Tensor, timesteps: Tensor, noise: Tensor) -> Callable[[], Tensor]:
-    """Euler's steps on x = clean + sigma * noise, the network asked for the positive and the null class together."""
+    """Take Euler's steps on x = clean + sigma * noise, asking the network for the positive and the null class together."""
     labels = torch.tensor([LABEL, NULL_CLASS])
 
     @torch.inference_mode()
@@ -126,7 +126,7 @@ def our_run(model: Any, sigmas: Tensor, noise: Tensor) -> Callable[[], Tensor]:
 
 
 def sampled(model: Any, positive: Any, null: Any, sigmas: Tensor, noise: Tensor) -> Callable[[], Tensor]:
-    """What SamplerCustomAdvanced does."""
+    """Sample as SamplerCustomAdvanced does."""
     import comfy.samplers
 
     guider = comfy.samplers.CFGGuider(model)
@@ -145,9 +145,9 @@ def sampled(model: Any, positive: Any, null: Any, sigmas: Tensor, noise: Tensor)
 def runs(
     layout: dict[str, int], size: int, steps: int, packs: Mapping[str, Peer] | None = None
 ) -> dict[str, Callable[[], Tensor]]:
-    """The sides, after their latents have been compared."""
+    """Return the sides, after comparing their latents."""
     load_pack()
-    from fovea_attention.attention.dit_host import load_dit
+    from fovea_attention.attention.dit import load_dit
 
     network = diffusers_network(layout, size)
     model = loaded(network)

@@ -1,4 +1,4 @@
-"""Attend-and-Excite: time and memory beside diffusers' StableDiffusionAttendAndExcitePipeline.
+"""Measure Attend-and-Excite's time and memory beside diffusers' StableDiffusionAttendAndExcitePipeline.
 
     python dev bench excite [--size PX] [--steps N] [--pairs N] [--refinements N] [--memory fast low] [--dtype T] [--tiny]
 
@@ -76,7 +76,7 @@ class Case:
         return sorted({min(round(fraction * self.steps), self.steps - 1) for fraction in PUBLISHED_FRACTIONS if self.refinements})
 
     def steps_of(self, guided: bool, refined: bool = False) -> list[int]:
-        """Steps of one kind; the first of all, in which runs also get ready, is not among them."""
+        """Return the steps of one kind, without the very first, in which runs also get ready."""
         return [i for i in range(1, self.steps) if (i in self.threshold_steps) is refined and (i < self.guided) is guided]
 
     @property
@@ -158,7 +158,7 @@ class Setup:
         logging.set_verbosity_error()
         self.target = target
         self.model = host_network(shape, target)
-        # Scheduled as published for SD1.x, down to a clean latent as the host's samplers go.
+        # Scheduled as published for SD1.x, down to a clean latent as ComfyUI's samplers go.
         scheduler = DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
             set_alpha_to_one=True,
@@ -171,7 +171,7 @@ class Setup:
         self.pipe.set_progress_bar_config(disable=True)
 
     def sigmas(self, steps: int) -> Tensor:
-        """The host's name for the times at which diffusers samples."""
+        """Return, as ComfyUI's sigmas, the times at which diffusers samples."""
         self.pipe.scheduler.set_timesteps(steps)
         known = self.model.get_model_object("model_sampling").sigmas.cpu()
         return torch.cat([known[self.pipe.scheduler.timesteps.cpu()], known.new_zeros(1)])
@@ -191,7 +191,7 @@ class Setup:
     # Whole runs
 
     def ours(self, case: Case, meter: Meter, memory: str) -> tuple[list[Moment], Tensor]:
-        """What SamplerCustomAdvanced does with our node's guider."""
+        """Sample as SamplerCustomAdvanced does, with our node's guider."""
         import comfy.samplers
 
         positive, negative = ([[prompt, {}]] for prompt in case.prompts)
@@ -210,7 +210,7 @@ class Setup:
             return stamps, self.model.model.process_latent_in(sampled)
 
     def theirs(self, case: Case, meter: Meter) -> tuple[list[Moment], Tensor]:
-        """The pipeline as it is, but for the most refinements at a threshold, which it does not let one choose."""
+        """Run the pipeline unchanged, except for the most refinements at a threshold, which it does not let one choose."""
         sigma = float(self.sigmas(case.steps)[0])
         start, positive, negative = map(self.target.put, (case.noise * sigma / (1 + sigma**2) ** 0.5, *case.prompts))
         refine = functools.partial(
@@ -250,7 +250,7 @@ def our_passes(meter: Meter) -> Iterator[None]:
 
 @contextmanager
 def their_passes(pipe: Any, meter: Meter) -> Iterator[None]:
-    """A pass begins with a forward that keeps a graph, and has given its gradient when the latent was moved."""
+    """Watch diffusers' passes: one begins with a forward that keeps a graph and ends when the latent was moved."""
     forward, move = pipe.unet.forward, pipe._update_latent
 
     def watched_forward(*args: Any, **kwargs: Any) -> Any:
@@ -281,7 +281,7 @@ def check_networks(setup: Setup, case: Case) -> float:
 def measure_time(
     setup: Setup, case: Case, memories: Sequence[str], pairs: int, say: Callable[[str], None] = print
 ) -> tuple[dict[str, list[Ran]], dict[str, Timings]]:
-    """All runs of each side after the first, and the times of a single forward, taken in the same turns."""
+    """Time every run of each side after the first, and single forwards in the same turns."""
     runs: dict[str, list[Ran]] = {}
 
     def whole_run(name: str, side: Side) -> None:
@@ -311,7 +311,7 @@ class Peaks:
 
 
 def measure_memory(setup: Setup, case: Case, memories: Sequence[str] = ("fast", "low")) -> dict[str, Peaks]:
-    """The peaks of each side."""
+    """Measure the peaks of each side."""
     alone = replace(case, steps=1, guide_until=1.0, refinements=0)
     found = {}
     for name, side in setup.sides(memories).items():
@@ -419,7 +419,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=5, help="counted turns of all variants")
     parser.add_argument("--refinements", type=int, default=2, help="at each of the published thresholds")
     parser.add_argument("--memory", nargs="+", choices=("fast", "low"), default=["fast", "low"], help="time these")
-    parser.add_argument("--tiny", action="store_true", help="a tiny network and a small picture, to try the benchmark itself")
+    parser.add_argument("--tiny", action="store_true", help="a tiny network and a small image, to try the benchmark itself")
     add_run_arguments(parser)
     args = parser.parse_args(argv)
     if args.size and args.size % 64:

@@ -1,9 +1,9 @@
-"""One gradient of a loss on attention: time and memory beside plain autograd through the same network, in every shape.
+"""Measure one gradient of a loss on attention beside plain autograd through the same network, in every shape.
 
     python dev bench gradient [--shapes sd15 sdxl pixart] [--size PX] [--pairs N] [--threads N] [--tiny] [--out FILE]
 
 What Attend-and-Excite and Attention Distillation spend their time on, at real size with random weights: a forward that looks at
-the layers that each of them looks at by default, and its backward, for one picture and one prompt. Plain autograd is what a port
+the layers that each of them looks at by default, and its backward, for one image and one prompt. Plain autograd is what a port
 that knows nothing better does: the whole network runs with a gradient, its weights not among what wants one. Both sides must find
 the same gradient. Memory is what torch holds at most beyond the resting state, with and without the kernels' own scratch space
 (``bench.memory``; on a GPU only with it).
@@ -62,7 +62,7 @@ class Loss:
 
     def layers(self, network: torch.nn.Module, latent: Sequence[int]) -> list[Any]:
         load_pack()
-        from fovea_attention.attention.distill_job import distilled_layers
+        from fovea_attention.attention.distill import distilled_layers
         from fovea_attention.attention.excite import ExciteSettings, guided_layers
 
         if not self.of_words:
@@ -70,7 +70,7 @@ class Loss:
         return [layer for layer in guided_layers(network, latent, ExciteSettings()).layers if layer.kind == "cross"]
 
     def seen(self, q: Tensor, k: Tensor, scale: float, output: Callable[[], Tensor]) -> Tensor:
-        """(batch,) of tensors (batch, heads, tokens, channels)."""
+        """Reduce tensors (batch, heads, tokens, channels) to (batch,)."""
         if not self.of_words:
             return output().square().mean((1, 2, 3))
         return 1 - (q @ k.transpose(-1, -2) * scale).softmax(-1)[..., WORD].mean(1).amax(-1)
@@ -88,7 +88,7 @@ class Loss:
 
 
 def in_a_run(model: Any, shape: Shape, latent: Tensor, body: Callable[[Call], None]) -> None:
-    """Calls ``body`` where a sampler would call the model for the second step of four."""
+    """Call ``body`` where a sampler would call the model for the second of four steps."""
     import comfy.samplers
 
     def function(model_k: Any, x: Tensor, sigmas: Tensor, extra_args: Any, callback: Any, disable: Any) -> Tensor:
@@ -115,15 +115,15 @@ def ours(call: Call, loss: Loss, layers: list[Any], memory: str) -> Tensor:
 
 
 def by_head(tensor: Tensor, heads: int) -> Tensor:
-    """(batch, tokens, channels) -> (batch, heads, tokens, channels)."""
+    """Split (batch, tokens, channels) into (batch, heads, tokens, channels)."""
     return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def plainly(call: Call, loss: Loss, layers: list[Any]) -> Tensor:
-    """The host's own model call on a latent that wants a gradient."""
+    """Make ComfyUI's own model call on a latent that wants a gradient."""
     import comfy.samplers
     from fovea_attention.attention import host
-    from fovea_attention.attention.sites import network_layout
+    from fovea_attention.attention.networks import network_layout
 
     seen: list[Tensor] = []
     running: list[bool] = []
@@ -196,7 +196,7 @@ class Sides:
             )  # fmt: skip
 
     def peaks(self) -> dict[str, list[float]]:
-        """MiB of each side: of tensors (not on a GPU), and as the allocator has it."""
+        """Measure the MiB of each side: of tensors (not on a GPU), and by the allocator."""
         found: dict[str, list[float]] = {}
         for name, run in self.runs.items():
             meters: list[HeldTensors | AllocatedMemory] = [] if self.target.on_gpu else [HeldTensors()]
@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
         written.append(part(shape, size, args.pairs, target))
         gc.collect()
     heading = f"## One gradient of a loss on attention\n\nMeasured on: {machine(target)}."
-    publish("\n\n".join([heading, f"One picture, one prompt. Median of {args.pairs} turns.", *written]), args.out)
+    publish("\n\n".join([heading, f"One image, one prompt. Median of {args.pairs} turns.", *written]), args.out)
 
 
 if __name__ == "__main__":

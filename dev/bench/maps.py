@@ -1,4 +1,4 @@
-"""Attention maps: what capturing them adds to a sampling run, and how much memory the maps take.
+"""Measure what capturing attention maps adds to a sampling run, and how much memory the maps take.
 
     python dev bench maps [--parts unet embedded] [--settings NAME ...] [--shape sd15|sdxl] [--size PX] [--steps N] [--pairs N]
                           [--daam PYTHON] [--peer NAME=PATH] [--tiny]
@@ -92,7 +92,7 @@ class Measured:
         return captured
 
     def add_peer(self, name: str, node: NodeClass, model: Any, steps: int, latent: torch.Tensor, context: int) -> None:
-        """Another pack's sampler, of the positive and the negative prompt's maps."""
+        """Add another pack's sampler, which records the positive and the negative prompt's maps."""
         _, positive, negative = inputs_of_a_run(latent, context)
         inputs = {
             "seed": 0, "steps": steps, "cfg": CFG, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
@@ -132,9 +132,9 @@ class Measured:
 
 @contextmanager
 def watched_sums() -> Iterator[list[int]]:
-    """The bytes of each run's sums, when they become maps."""
+    """Collect the bytes of each run's sums, when they become maps."""
     load_pack()
-    from fovea_attention.attention.recorder import CaptureRun
+    from fovea_attention.attention.maps.recorder import CaptureRun
 
     seen: list[int] = []
     recording = CaptureRun.recording
@@ -149,7 +149,7 @@ def watched_sums() -> Iterator[list[int]]:
 
 @contextmanager
 def daam_process(python: Path, size: int, steps: int, shape: Shape, target: Target) -> Iterator[Callable[[str], int]]:
-    """Asks for runs of ``bench.daam_worker``; each answers with the bytes of its maps."""
+    """Start ``bench.daam_worker``; yields a function that asks it for one run and returns the bytes of the maps."""
     command = [str(python), "-m", "bench.daam_worker", "--size", str(size), "--steps", str(steps)]
     command += ["--threads", str(torch.get_num_threads()), "--device", target.device.type, "--dtype", target.precision]
     command += ["--tiny"] if shape == TINY else []
@@ -171,7 +171,7 @@ def daam_process(python: Path, size: int, steps: int, shape: Shape, target: Targ
 
 
 def peers(named: Sequence[str]) -> dict[str, NodeClass]:
-    """Of each other pack its sampler that records maps: a node of a MODEL and two prompts that has more outputs than a latent."""
+    """Find each other pack's sampler that records maps: a node of a MODEL and two prompts with more outputs than a latent."""
     wanted = {"model", "positive", "negative", "latent_image"}
 
     def find(nodes: list[NodeClass]) -> NodeClass | None:

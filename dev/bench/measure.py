@@ -1,4 +1,4 @@
-"""Measuring side by side: variants take turns in one process, and only ratios are reported."""
+"""Measure side by side: variants take turns in one process, and only ratios are reported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bench.memory import AllocatedMemory
 from bench.models import Target
 
 Run = Callable[[], object]
-SAME_KERNEL = ("--use-pytorch-cross-attention",)  # of attention: what the host takes by itself on a GPU, and other libraries too
+SAME_KERNEL = ("--use-pytorch-cross-attention",)  # of attention: what ComfyUI takes by itself on a GPU, and other libraries too
 
 
 class Moment:
@@ -80,13 +80,13 @@ def take_turns(variants: Mapping[str, Run], repeats: int, say: Callable[[str], N
 
 
 def ratios(slow: Timings, fast: Timings) -> tuple[float, float, float]:
-    """Median, lowest and highest of the ratios slow/fast, pair by pair."""
+    """Return the median, lowest and highest of the ratios slow/fast, pair by pair."""
     pairs = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
     return statistics.median(pairs), min(pairs), max(pairs)
 
 
 def multiply_accumulates(run: Run) -> float:
-    """Multiply-accumulates of matrix products, convolutions and attention in one run."""
+    """Count the multiply-accumulates of matrix products, convolutions and attention in one run."""
     with _Operations() as counter:
         run()
     return counter.total / 2
@@ -102,7 +102,7 @@ _COUNTED = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_
 
 
 class _Operations(TorchDispatchMode):
-    """What ``FlopCounterMode`` counts, without its account of modules, which takes longer than a small network."""
+    """Counts what ``FlopCounterMode`` counts, without its account of modules, which takes longer than a small network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,13 +146,13 @@ class ResidentMemory:
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest one, as a share of the largest value."""
+    """Return the largest difference, as a share of the largest value."""
     a, b = a.float().cpu(), b.float().cpu()
     return float((a - b).abs().max() / b.abs().max())
 
 
 def require_same(names: str, ours: torch.Tensor, theirs: torch.Tensor, at_most: float) -> float:
-    """How far apart two tensors are; where that is too far the benchmark ends, as it would compare different work."""
+    """Return how far apart two tensors are; too far ends the benchmark, which would compare different work."""
     found = difference(ours, theirs)
     if not found <= at_most:
         raise SystemExit(f"{names} end {found:.1e} apart, so their times cannot be compared.")
@@ -160,14 +160,14 @@ def require_same(names: str, ours: torch.Tensor, theirs: torch.Tensor, at_most: 
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Write a Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)
 
 
 def memory_name(device: torch.device) -> str:
-    """What the memory of ``take_turns`` is."""
+    """Say what the memory of ``take_turns`` is."""
     return "resident" if device.type == "cpu" else "allocated on the GPU"
 
 
@@ -180,13 +180,13 @@ def publish(report: str, out: Path | None) -> None:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every benchmark can be told."""
+    """Add the arguments that every benchmark takes."""
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--out", type=Path, help="write the report here as well")
 
 
 def start(args: argparse.Namespace, host_argv: tuple[str, ...] = ()) -> None:
-    """Start the host in this process, without progress bars, on so many threads."""
+    """Start ComfyUI in this process, without progress bars, on so many threads."""
     start_host(argv=host_argv)
     import comfy.utils
 
@@ -196,7 +196,7 @@ def start(args: argparse.Namespace, host_argv: tuple[str, ...] = ()) -> None:
 
 
 def machine(target: Target) -> str:
-    """What the figures were measured on, in one line."""
+    """Describe in one line what the figures were measured on."""
     import comfyui_version
 
     device = torch.cuda.get_device_name(target.device) if target.on_gpu else f"CPU, {torch.get_num_threads()} threads"

@@ -1,4 +1,4 @@
-"""Memory of tensors: what torch itself knows of it, not what the process happens to hold.
+"""Measure the memory of tensors: what torch itself knows of it, not what the process happens to hold.
 
 Resident memory says little about a short pass: freed pages stay, and are used again. There are two measures here, both
 beyond what was held at the start. ``HeldTensors`` counts the results of operations for as long as anything holds them, the
@@ -109,7 +109,7 @@ class AllocatedMemory:
 
 
 def bytes_of(value: Any) -> int:
-    """Bytes of all tensors in a structure of dataclasses, dictionaries and lists."""
+    """Sum the bytes of all tensors in a structure of dataclasses, dictionaries and lists."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Networks to measure on: SD1.5's, SDXL's and PixArt's at real size with random weights, for the host and for diffusers.
+"""Networks to measure on: SD1.5's, SDXL's and PixArt's at real size with random weights, for ComfyUI and for diffusers.
 
 Speed and memory do not depend on what the weights are, and no checkpoint has to be fetched.
 """
@@ -27,7 +27,7 @@ class Target:
 
     @classmethod
     def here(cls, dtype: str | None = None) -> Target:
-        """The host's device, and what ``dtype`` names or else suits it: float32 on a CPU, float16 on a GPU."""
+        """Choose ComfyUI's device, and what ``dtype`` names or else suits it: float32 on a CPU, float16 on a GPU."""
         import comfy.model_management
 
         device = comfy.model_management.get_torch_device()
@@ -68,7 +68,7 @@ def add_shape_arguments(parser: argparse.ArgumentParser, shapes: Iterable[str]) 
 
 @dataclass(frozen=True)
 class Shape:
-    """A network's layout and width, the channels of the text and of the pooled text it is told, and a picture's least side."""
+    """A network's layout and width, the channels of the text and of the pooled text it is told, and an image's least side."""
 
     layout: str
     channels: int
@@ -81,7 +81,7 @@ class Shape:
         return f"{self.layout}-shaped {'transformer' if self.layout == 'PixArt' else 'U-Net'}"
 
     def side(self, wanted: int) -> int:
-        """Pixels of a picture's side: as wanted, where the network can do that."""
+        """Return the pixels of an image's side: as wanted, where the network can do that."""
         return max(wanted, self.least)
 
 
@@ -91,7 +91,7 @@ def tiny(shape: Shape) -> Shape:
 
 SD15 = Shape("SD1.5", 320, 768)
 SDXL = Shape("SDXL", 320, 2048, 1280)
-PIXART = Shape("PixArt", 1152, 4096, least=320)  # below, the host divides by 0
+PIXART = Shape("PixArt", 1152, 4096, least=320)  # below, ComfyUI divides by 0
 UNETS = {"sd15": SD15, "sdxl": SDXL}
 SHAPES = {**UNETS, "pixart": PIXART}
 TINY = tiny(SD15)  # to try a benchmark itself
@@ -118,11 +118,11 @@ _LAYOUTS: dict[str, dict[str, Any]] = {
         "model_max_length": 120, "micro_condition": False, "pe_interpolation": 1,
     },
 }  # fmt: skip
-_KINDS = {"SD1.5": "SD15", "SDXL": "SDXL", "PixArt": "PixArtAlpha"}  # the host's
+_KINDS = {"SD1.5": "SD15", "SDXL": "SDXL", "PixArt": "PixArtAlpha"}  # ComfyUI's
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Small random weights everywhere, made where they are, ones in the norms; no weight wants a gradient."""
+    """Fill in small random weights in place, with ones in the norms; no weight wants a gradient."""
     generators: dict[torch.device, torch.Generator] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -136,7 +136,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def host_network(shape: Shape = SD15, target: Target = CPU) -> Any:
-    """The network with random weights, as the host builds it."""
+    """Build the network with random weights, as ComfyUI does."""
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
@@ -154,12 +154,12 @@ def host_network(shape: Shape = SD15, target: Target = CPU) -> Any:
 
 
 def precision_of(model: Any) -> str:
-    """What a host's model computes in."""
+    """Return the type that ComfyUI's model computes in."""
     return name_of(model.model.manual_cast_dtype or model.model.get_dtype())
 
 
 def diffusers_unet(shape: Shape = SD15) -> Any:
-    """diffusers' network of SD1.5's layout, without weights."""
+    """Build diffusers' network of SD1.5's layout, without weights."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -169,7 +169,7 @@ def diffusers_unet(shape: Shape = SD15) -> Any:
 
 
 def as_diffusers(model: Any, shape: Shape = SD15) -> Any:
-    """diffusers' network with the very weights of the host's (not copies of them), which want gradients as loaded ones do."""
+    """Build diffusers' network on the very weights of ComfyUI's (not copies), which want gradients as loaded ones do."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     unet = diffusers_unet(shape)
@@ -179,17 +179,17 @@ def as_diffusers(model: Any, shape: Shape = SD15) -> Any:
 
 
 def random_tensor(seed: int, *shape: int) -> Tensor:
-    """On the CPU, where the host's nodes make noise and prompts too."""
+    """Draw on the CPU, where ComfyUI's nodes make noise and prompts too."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def inputs_of_a_run(latent: Tensor, context: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise, positive and negative prompt, the same in every run."""
+    """Return noise, positive and negative prompt, the same in every run."""
     return random_tensor(0, *latent.shape), random_tensor(1, 1, TOKENS, context), random_tensor(2, 1, TOKENS, context)
 
 
 def sampler(model: Any, steps: int, latent: Tensor, context: int, pooled: int = 0, cfg: float = CFG) -> Callable[[], Tensor]:
-    """One sampling run with fixed noise and prompts."""
+    """Return a function that does one sampling run with fixed noise and prompts."""
     import comfy.sample
 
     noise, positive, negative = inputs_of_a_run(latent, context)

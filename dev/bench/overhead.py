@@ -1,9 +1,9 @@
-"""What the pack's own Python costs in a step, whether that grows, and how often it waits for the device.
+"""Measure what the pack's own Python costs in a step, whether that grows, and how often it waits for the device.
 
     python dev bench overhead [--steps N ...] [--threads N] [--out FILE]
 
 With attention taken away nothing but overhead would be left. So the network has SD1.5's layout, all its blocks and layers, but
-few channels and a latent of 8 x 8, and a profiler adds up the time spent in the pack's own lines (not in torch or the host that
+few channels and a latent of 8 x 8, and a profiler adds up the time spent in the pack's own lines (not in torch or ComfyUI that
 they call). That is compared with one step of the same layout at its real width. A value that Python reads from a tensor makes it
 wait for the GPU: those reads are counted, with the pack and without.
 """
@@ -44,7 +44,7 @@ def variants() -> dict[str, Callable[[Any], Any]]:
 
 
 def own_seconds(run: Callable[[], object]) -> float:
-    """Of one run, in the pack's own lines. (The profiler makes them slower, so this is no less than the truth.)"""
+    """Return one run's seconds in the pack's own lines. (The profiler slows them, so this is no less than the truth.)"""
     profile = cProfile.Profile()
     profile.enable()
     run()
@@ -54,7 +54,7 @@ def own_seconds(run: Callable[[], object]) -> float:
 
 
 def per_step(apply: Callable[[Any], Any], model: Any, steps: int, repeats: int = REPEATS) -> float:
-    """Milliseconds of the pack's own lines in a step, the median of some runs."""
+    """Return the milliseconds of the pack's own lines in a step, the median of some runs."""
     run = sampler(apply(model), steps, torch.zeros(SMALL), TINY.context)
     run()
     return 1000 * statistics.median(own_seconds(run) / steps for _ in range(repeats))
@@ -108,7 +108,7 @@ class ValueReads:
 
 
 def reads_per_step(apply: Callable[[Any], Any], model: Any, steps: int = 10) -> float:
-    """What a run of twice the steps reads more often, for each step."""
+    """Count what a run of twice the steps reads more often, for each step."""
     counts = []
     for length in (steps, 2 * steps):
         run = sampler(apply(model), length, torch.zeros(SMALL), TINY.context)
@@ -119,7 +119,7 @@ def reads_per_step(apply: Callable[[Any], Any], model: Any, steps: int = 10) -> 
 
 
 def step_seconds() -> float:
-    """One step of the real network with guidance, the faster of two."""
+    """Time one step of the real network with guidance, the faster of two."""
     run = sampler(host_network(SD15), 1, torch.zeros(1, 4, REAL_SIZE // 8, REAL_SIZE // 8), SD15.context)
     run()
     found = []

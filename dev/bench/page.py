@@ -1,4 +1,4 @@
-"""All benchmarks in one go, on one page: docs/benchmarks.md.
+"""Run all benchmarks in one go, onto one page: docs/benchmarks.md.
 
     python dev bench [--only NAME ...] [--threads N] [--tiny] [--peer NAME=PATH] [--daam PYTHON] [--page FILE]
 
@@ -28,7 +28,7 @@ INTRODUCTION = """# Benchmarks
 Made by `python dev bench`. Variants take turns in one process, after a round that does not count; what is compared is ratios, as
 medians with the lowest and the highest. Below every title is the command that repeats it alone.
 """
-# In the page's order; what follows a hyphen tells two parts of one benchmark apart; {plots} is the page's own folder of pictures.
+# In the page's order; what follows a hyphen tells two parts of one benchmark apart; {plots} is the page's own folder of images.
 PARTS: dict[str, Sequence[str]] = {
     "tgate": ("--parts", "speed", "--size", "192", "--steps", "5"),
     "tgate-sdxl": ("--parts", "speed", "--shape", "sdxl", "--size", "128", "--steps", "5"),
@@ -61,13 +61,13 @@ TINY = {
 
 
 def part_of(page: str, name: str) -> str | None:
-    """What a page has between the marks of a part."""
+    """Return what a page has between the marks of a part."""
     found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end of {name} -->", page, re.S)
     return found[1] if found else None
 
 
 def with_part(page: str, name: str, text: str) -> str:
-    """The page with a new text for a part; parts keep the order of ``PARTS``."""
+    """Put a new text for a part on the page; parts keep the order of ``PARTS``."""
     parts = {each: part_of(page, each) for each in PARTS} | {name: text}
     shown = [f"<!-- {each} -->\n{kept}\n<!-- end of {each} -->\n" for each, kept in parts.items() if kept is not None]
     return "\n".join([INTRODUCTION, *shown])
@@ -89,7 +89,7 @@ def arguments_of(name: str, args: argparse.Namespace, plots: Path) -> list[str]:
 
 
 def shown_command(name: str, arguments: Sequence[str], root: Path) -> str:
-    """The command as a reader would type it: relative paths, and no other machine's."""
+    """Write the command as a reader would type it: relative paths, and no other machine's."""
     words = [re.sub(r"^([^=]+)=.*", r"\1=PATH", word) if "=" in word else word.replace(f"{root}/", "") for word in arguments]
     if "--daam" in words:
         words[words.index("--daam") + 1] = "PYTHON"

@@ -1,10 +1,10 @@
-"""T-GATE beside what else makes sampling faster: how near each stays to the plain picture, and how much time it saves.
+"""Compare T-GATE with what else makes sampling faster: how near each stays to the plain image, and the time it saves.
 
     python dev bench pareto [--prompts N] [--repeats N] [--cfg X] [--steps N] [--only KIND ...] [--intervals] [--plot FILE]
                             [--out FILE]
 
-On the embedded model: T-GATE's settings, the host's EasyCache and LazyCache, and simply fewer steps. Agreement with the plain
-picture is that of the detector's verdict (both objects right), PSNR, and MS-SSIM (Wang et al., 2003), all of the same prompts
+On the embedded model: T-GATE's settings, ComfyUI's EasyCache and LazyCache, and simply fewer steps. Agreement with the plain
+image is that of the detector's verdict (both objects right), PSNR, and MS-SSIM (Wang et al., 2003), all of the same prompts
 and noise. Time is that of sampling alone, all variants taking turns in one process. A variant is on the front where no other
 is both faster and nearer.
 """
@@ -29,7 +29,7 @@ from bench.similarity import peak_signal_to_noise, structural_similarity
 
 PLAIN, T_GATE, EASY, LAZY, FEWER = "plain", "T-GATE", "EasyCache", "LazyCache", "fewer steps"
 PUBLISHED = "drop (keep negative, as published)"
-TIMED_PICTURES = 4  # a batch
+TIMED_IMAGES = 4  # a batch
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Variant:
         return f"{self.kind}, {self.settings}" if self.settings else self.kind
 
     def sampling(self) -> AbstractContextManager[Any]:
-        """Within it, sampling is this variant's."""
+        """Sample as this variant while it lasts."""
         load_pack()
         from fovea_attention.attention import tgate
 
@@ -66,7 +66,7 @@ def t_gate(settings: str, *, reuses: bool = True, **inputs: Any) -> Variant:
 
 
 def cached(kind: str, threshold: float) -> Variant:
-    """One of the host's caches, used where its own defaults use it."""
+    """Apply one of ComfyUI's caches where its own defaults do."""
 
     def apply(model: Any) -> Any:
         settings = {"reuse_threshold": threshold, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
@@ -104,7 +104,7 @@ INTERVALS = [
 
 @dataclass
 class Found:
-    """What a variant's pictures are beside the plain ones, and its times beside plain sampling's."""
+    """What a variant's images are beside the plain ones, and its times beside plain sampling's."""
 
     variant: Variant
     right: list[bool]
@@ -114,7 +114,7 @@ class Found:
     speed: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
-def measure_pictures(variants: Sequence[Variant], count: int, **sampling: Any) -> list[Found]:
+def measure_images(variants: Sequence[Variant], count: int, **sampling: Any) -> list[Found]:
     model, clip, vae = evaluate.load()
     prompts = evaluate.prompts(count)
     steps = sampling.pop("steps")
@@ -123,12 +123,12 @@ def measure_pictures(variants: Sequence[Variant], count: int, **sampling: Any) -
     for variant in variants:
         some = {**sampling, "steps": round(variant.steps * steps)}
         with variant.sampling():
-            pictures = evaluate.generate(variant.apply(model), clip, vae, prompts, **some)
-        right = [all(finding.right for finding in picture) for picture in evaluate.score(pictures, prompts)]
+            images = evaluate.generate(variant.apply(model), clip, vae, prompts, **some)
+        right = [all(finding.right for finding in image) for image in evaluate.score(images, prompts)]
         if variant.kind == PLAIN:
-            plain, verdicts = pictures, right
+            plain, verdicts = images, right
         same = sum(a == b for a, b in zip(right, verdicts, strict=True)) / count
-        psnr, similar = peak_signal_to_noise(pictures, plain), structural_similarity(pictures, plain)
+        psnr, similar = peak_signal_to_noise(images, plain), structural_similarity(images, plain)
         found.append(Found(variant, right, same, float(psnr.median()), float(similar.median())))
         print(f"  {variant.name}: {found[-1].psnr:.1f} dB, MS-SSIM {found[-1].ms_ssim:.3f}", flush=True)
     return found
@@ -137,8 +137,8 @@ def measure_pictures(variants: Sequence[Variant], count: int, **sampling: Any) -
 def measure_time(found: Sequence[Found], repeats: int, *, steps: int, cfg: float) -> None:
     """Fill in the speeds."""
     model, clip, _ = evaluate.load()
-    prompts = evaluate.prompts(TIMED_PICTURES)
-    latent = host_node("EmptyLatentImage")(width=evaluate.SIDE, height=evaluate.SIDE, batch_size=TIMED_PICTURES)[0]
+    prompts = evaluate.prompts(TIMED_IMAGES)
+    latent = host_node("EmptyLatentImage")(width=evaluate.SIDE, height=evaluate.SIDE, batch_size=TIMED_IMAGES)[0]
     conds = {"positive": evaluate.encode(clip, [prompt.text for prompt in prompts]), "negative": evaluate.encode(clip, [""])}
 
     def sampling(variant: Variant) -> Callable[[], object]:
@@ -158,7 +158,7 @@ def measure_time(found: Sequence[Found], repeats: int, *, steps: int, cfg: float
 
 
 def front(found: Sequence[Found]) -> set[str]:
-    """Names of those that no other beats in both speed and nearness."""
+    """Return the names of those that no other beats in both speed and nearness."""
 
     def beaten(one: Found) -> bool:
         return any(
@@ -182,14 +182,14 @@ def report(found: Sequence[Found], prompts: int, repeats: int, *, steps: int, cf
     header = ("variant", f"times as fast (median of {repeats})", "PSNR to plain, dB", "MS-SSIM to plain", "same verdict",
               "both objects right (95 % interval)", "on the front")  # fmt: skip
     settings = (
-        f"{prompts} prompts of two objects, {steps} steps, cfg {cfg:g}, medians over pictures; times of a batch of "
-        f"{TIMED_PICTURES}, in turns."
+        f"{prompts} prompts of two objects, {steps} steps, cfg {cfg:g}, medians over images; times of a batch of "
+        f"{TIMED_IMAGES}, in turns."
     )
     return f"{settings}\n\n{table(header, rows)}"
 
 
 def plot(found: Sequence[Found], path: Path) -> None:
-    """Nearness against speed, a colour for each kind."""
+    """Plot nearness against speed, with a colour for each kind."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -201,7 +201,7 @@ def plot(found: Sequence[Found], path: Path) -> None:
         axes.scatter([one.speed[0] for one in own], [one.psnr for one in own], marker=mark, label=kind)
         for one in own:
             axes.annotate(one.variant.settings, (one.speed[0], one.psnr), fontsize=6, xytext=(4, 3), textcoords="offset points")
-    axes.set(xlabel="times as fast as plain sampling", ylabel="median PSNR to the plain picture, dB")
+    axes.set(xlabel="times as fast as plain sampling", ylabel="median PSNR to the plain image, dB")
     axes.legend()
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = INTERVALS if args.intervals else VARIANTS
     variants = [variant for variant in chosen if variant.kind in (PLAIN, *(args.only or KINDS))]
     sampling = {"steps": args.steps, "cfg": args.cfg}
-    found = measure_pictures(variants, args.prompts, **sampling)
+    found = measure_images(variants, args.prompts, **sampling)
     measure_time(found, args.repeats, **sampling)
     if args.plot:
         plot(found, args.plot)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Found = TypeVar("Found")
-NodeClass = Any  # of nodes in the host's first way to define them
+NodeClass = Any  # of nodes in ComfyUI's first way to define them
 
 
 def add_peer_argument(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_peer_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def of_each_pack(named: Sequence[str], find: Callable[[list[NodeClass]], Found | None], wanted: str) -> dict[str, Found]:
-    """What ``find`` makes of each pack's nodes, by the pack's name; packs without it are said and left out.
+    """Return what ``find`` makes of each pack's nodes, by the pack's name; packs without it are reported and left out.
 
     Args:
         named: ``NAME=PATH`` of each pack.
@@ -48,13 +48,13 @@ def defaults_of(node: NodeClass) -> dict[str, Any]:
 
 
 def choices_of(node: NodeClass, name: str) -> list[str]:
-    """What one can choose for an input; nothing where it is no list."""
+    """Return what one can choose for an input; nothing where it is no list."""
     options = inputs_of(node).get(name, ((),))[0]
     return list(options) if isinstance(options, list | tuple) else []
 
 
 def call(node: NodeClass, **inputs: Any) -> Any:
-    """The outputs of a node in whose graph all of them are used."""
+    """Return the outputs of a node in whose graph all of them are used."""
     used = {"2": {"inputs": {str(index): ["1", index] for index in range(len(node.RETURN_TYPES))}}}
     told = {"PROMPT": used, "UNIQUE_ID": "1"}
     hidden = {key: told[kind] for key, kind in node.INPUT_TYPES().get("hidden", {}).items() if kind in told}
@@ -62,7 +62,7 @@ def call(node: NodeClass, **inputs: Any) -> Any:
 
 
 def _nodes(name: str, folder: Path) -> list[NodeClass]:
-    """All that are not deprecated."""
+    """Return all that are not deprecated."""
     entry = folder.resolve() / "__init__.py"
     spec = importlib.util.spec_from_file_location(f"peer_{name}", entry, submodule_search_locations=[str(entry.parent)])
     if spec is None or spec.loader is None or not entry.is_file():

@@ -1,4 +1,4 @@
-"""Where the time goes: operations of plain sampling and of each technique, by the torch profiler.
+"""Show where the time goes: operations of plain sampling and of each technique, by the torch profiler.
 
     python dev bench profile [--shape sd15|sdxl|pixart] [--size PX] [--steps N] [--threads N] [--tiny] [--out FILE]
 

@@ -1,4 +1,4 @@
-"""How time and memory grow: with steps, pixels, pictures, subjects, references and captured layers.
+"""Measure how time and memory grow: with steps, pixels, images, subjects, references and captured layers.
 
     python dev bench scaling [--repeats N] [--threads N] [--out FILE]
 
@@ -83,14 +83,14 @@ def distilling(model: Any, references: int) -> Run:
 
     execute = pack_nodes()["AttentionDistillSampler"].execute
     euler, sigmas = comfy.samplers.sampler_object("euler"), sigmas_of(model, 2)
-    pictures = {"samples": random_tensor(3, references, CHANNELS, SIDE, SIDE)}
+    images = {"samples": random_tensor(3, references, CHANNELS, SIDE, SIDE)}
 
     @torch.inference_mode()
     def run() -> object:
-        from fovea_attention.attention.distill_reference import CACHE
+        from fovea_attention.attention.distill.feature_cache import CACHE
 
         CACHE.clear()  # every run is a first run
-        return execute(Noise(), guider_of(model), euler, sigmas, {"samples": latent()}, pictures, prompt(4), iterations=2)
+        return execute(Noise(), guider_of(model), euler, sigmas, {"samples": latent()}, images, prompt(4), iterations=2)
 
     return run
 
@@ -101,10 +101,10 @@ def series(model: Any) -> Iterator[tuple[str, list[Point]]]:
     yield "T-GATE: steps", [Point(f"{n}", n, sampling(gated, latent(), n)) for n in (5, 10, 20, 40)]
     sizes = ((16, 16), (32, 16), (32, 32), (48, 32), (48, 48))
     yield (
-        "T-GATE: pixels of the picture",
+        "T-GATE: pixels of the image",
         [Point(f"{8 * w} x {8 * h}", 64 * h * w, sampling(gated, latent(h, w))) for h, w in sizes],
     )
-    yield "T-GATE: pictures in a batch", [Point(f"{n}", n, sampling(gated, latent(batch=n))) for n in (1, 2, 4, 8)]
+    yield "T-GATE: images in a batch", [Point(f"{n}", n, sampling(gated, latent(batch=n))) for n in (1, 2, 4, 8)]
 
     def guided(subjects: int) -> Run:
         positions = ", ".join(str(2 + 3 * place) for place in range(subjects))
@@ -126,7 +126,7 @@ def series(model: Any) -> Iterator[tuple[str, list[Point]]]:
 
 
 def line(amounts: list[float], values: list[float]) -> tuple[float, float, float]:
-    """Start and slope of the line through the points, and the furthest that one is from it, as a share of the largest value."""
+    """Fit a line to the points; returns start, slope, and the largest distance from it as a share of the largest value."""
     slope, start = np.polyfit(amounts, values, 1)
     furthest = max(abs(start + slope * x - y) for x, y in zip(amounts, values, strict=True))
     return float(start), float(slope), float(furthest / max(values))

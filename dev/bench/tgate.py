@@ -1,11 +1,11 @@
-"""T-GATE: speed against plain sampling, and when its automatic gate opens.
+"""Measure T-GATE's speed against plain sampling, and when its automatic gate opens.
 
     python dev bench tgate [--parts speed auto] [--shape sd15|sdxl|pixart] [--repeats N] [--out FILE] [--peer NAME=PATH]
 
 Speed is measured on an SD1.5-, SDXL- or PixArt-shaped network of real size (random weights), SD1.5's beside diffusers with the
-published schedule, and on the embedded model, on which the gate is watched too. What T-GATE does to pictures is in ``bench
+published schedule, and on the embedded model, on which the gate is watched too. What T-GATE does to images is in ``bench
 pareto``. ``--peer`` adds another node pack's T-GATE node to the table.
-On a GPU only the speed is measured unless ``--parts`` says otherwise, at the usual size of a picture.
+On a GPU only the speed is measured unless ``--parts`` says otherwise, at the usual size of an image.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def watched_runs() -> Iterator[list[Ran]]:
 
 @dataclass(frozen=True)
 class Network:
-    """What is sampled: a host's model and what ``sampler`` needs beside it."""
+    """What is sampled: a ComfyUI model and what ``sampler`` needs beside it."""
 
     title: str
     build: Callable[[], Any]
@@ -107,7 +107,7 @@ class Network:
 
 
 def networks(args: argparse.Namespace) -> list[Network]:
-    """The one of the wanted shape; with SD1.5's, the embedded model as well."""
+    """Build the network of the wanted shape; with SD1.5's, load the embedded model as well."""
     shape = tiny(SHAPES[args.shape]) if args.tiny else SHAPES[args.shape]
     title, latent = f"{shape.title}, {args.size} px, {args.steps} steps", torch.zeros(1, 4, args.size // 8, args.size // 8)
     real = Network(title, lambda: host_network(shape, args.target), args.steps, latent, shape.context, shape)
@@ -129,7 +129,7 @@ def ours(model: Any) -> dict[str, Any]:
 
 
 def theirs(network: Network, model: Any, shape: Shape) -> dict[str, Callable[[], torch.Tensor]]:
-    """diffusers with the same weights: plain, and with the published schedule."""
+    """Return diffusers' runs with the same weights: plain, and with the published schedule."""
     import comfy.samplers
 
     sampling = model.get_model_object("model_sampling")
@@ -179,7 +179,7 @@ def speed_of(network: Network, args: argparse.Namespace) -> str:
 
 
 def peers(named: list[str]) -> dict[str, Callable[[Any], Any]]:
-    """Of each other pack its first T-GATE node: one with a MODEL input and a fraction of the steps to start at."""
+    """Find each other pack's first T-GATE node: one with a MODEL input and a fraction of the steps to start at."""
 
     def find(nodes: list[NodeClass]) -> Callable[[Any], Any] | None:
         return next((apply for apply in map(_as_t_gate, nodes) if apply is not None), None)
@@ -200,7 +200,7 @@ def _as_t_gate(node: NodeClass) -> Callable[[Any], Any] | None:
 
 
 def auto_part(args: argparse.Namespace) -> str:
-    """Which steps auto mode opens the gate at, prompt by prompt, and how near it stays to the fixed gate."""
+    """Measure at which step auto mode opens the gate, prompt by prompt, and how near it stays to the fixed gate."""
     model, clip, vae = evaluate.load()
     prompts = evaluate.prompts(args.prompts)
     sampling = {"cfg": args.cfg, "seed": 0, "steps": STEPS, "batch": 1}
@@ -209,10 +209,10 @@ def auto_part(args: argparse.Namespace) -> str:
     rows = [("fixed 0.4", "10", f"{peak_signal_to_noise(fixed, plain).median():.1f}", "")]
     for tolerance in (0.03, 0.05, 0.1, 0.2):
         with watched_runs() as seen:
-            pictures = evaluate.generate(tgate(model, mode="auto", tolerance=tolerance), clip, vae, prompts, **sampling)
+            images = evaluate.generate(tgate(model, mode="auto", tolerance=tolerance), clip, vae, prompts, **sampling)
         steps = collections.Counter(run.gate for run in seen)
         chosen = ", ".join(f"{step} ({count})" for step, count in sorted(steps.items()))
-        to_plain, to_fixed = (peak_signal_to_noise(pictures, other).median() for other in (plain, fixed))
+        to_plain, to_fixed = (peak_signal_to_noise(images, other).median() for other in (plain, fixed))
         rows.append((f"auto, tolerance {tolerance:g}", chosen, f"{to_plain:.1f}", f"{to_fixed:.1f}"))
         print(*rows[-1], sep="  ", flush=True)
     header = ("mode", "gate step of 25 (prompts)", "median PSNR to plain, dB", "median PSNR to the fixed gate, dB")
@@ -223,7 +223,7 @@ PARTS = {"speed": speed_part, "auto": auto_part}
 
 
 def fill_in(args: argparse.Namespace) -> None:
-    """What the command line leaves open, by the device."""
+    """Fill in what the command line leaves open, by the device."""
     args.target = Target.here(args.dtype)
     gpu, sdxl = args.target.on_gpu, args.shape == "sdxl"
     size, steps, repeats = ((1024, 15, 3) if sdxl else (512, 25, 5)) if gpu else (256, 10, 5)

@@ -57,10 +57,10 @@ class Processor:
 def run_of(
     unet: Any, sampling: Any, sigmas: Tensor, noise: Tensor, prompts: Sequence[Tensor], gated: bool
 ) -> Callable[[], Tensor]:
-    """Euler's steps with guidance by ``prompts`` (positive, negative), down the host's sigmas.
+    """Take Euler's steps with guidance by ``prompts`` (positive, negative), down ComfyUI's sigmas.
 
     Args:
-        sampling: the host's ``model_sampling``, for its timesteps and its first latent.
+        sampling: ComfyUI's ``model_sampling``, for its timesteps and its first latent.
     """
     positive, negative = prompts
     steps = len(sigmas) - 1

@@ -1,4 +1,4 @@
-"""ComfyUI's real front end in a headless Chromium, worked the way a person works it.
+"""Drive ComfyUI's real front end in a headless Chromium, the way a person works it.
 
 What a person clicks or types is clicked or typed. Only what differs between front ends without mattering here (where a node
 lies on the screen, when a page is ready) is asked of the page's own `app`.
@@ -52,12 +52,12 @@ SELECT_NEW = """(kind) => {
   app.canvas.centerOnNode(node);
   app.canvas.selectNode(node);
 }"""
-# Left, top, width and height in the window of a node's picture: of its page element, else as the canvas draws it.
-PICTURE = """([id, index]) => {
-  const fit = (picture, left, top, width, height, most = Infinity) => {
-    if (!picture.naturalWidth) return null;
-    const scale = Math.min(width / picture.naturalWidth, height / picture.naturalHeight, most);
-    const [w, h] = [picture.naturalWidth * scale, picture.naturalHeight * scale];
+# Left, top, width and height in the window of a node's image: of its page element, else as the canvas draws it.
+IMAGE = """([id, index]) => {
+  const fit = (image, left, top, width, height, most = Infinity) => {
+    if (!image.naturalWidth) return null;
+    const scale = Math.min(width / image.naturalWidth, height / image.naturalHeight, most);
+    const [w, h] = [image.naturalWidth * scale, image.naturalHeight * scale];
     return [left + (width - w) / 2, top + (height - h) / 2, w, h];
   };
   const element = document.querySelectorAll(`[data-node-id="${id}"] img`)[index];
@@ -65,29 +65,29 @@ PICTURE = """([id, index]) => {
     const frame = element.getBoundingClientRect();
     return fit(element, frame.left, frame.top, frame.width, frame.height);
   }
-  const node = app.graph.getNodeById(id), picture = node.imgs?.[index];
+  const node = app.graph.getNodeById(id), image = node.imgs?.[index];
   const widget = node.widgets.find(({ name }) => name === "$$canvas-image-preview"), line = 15;
-  if (!picture || !widget) return null;
+  if (!image || !widget) return null;
   const alone = [0, widget.y, node.size[0], widget.computedHeight - line, 1];
   const frame = node.imageIndex === null ? node.imageRects?.[index] : alone;
-  const inside = frame && fit(picture, ...frame);
+  const inside = frame && fit(image, ...frame);
   if (!inside) return null;
   const { ds, canvas } = app.canvas, corner = canvas.getBoundingClientRect(), [left, top, width, height] = inside;
   return [corner.left + (node.pos[0] + left + ds.offset[0]) * ds.scale,
           corner.top + (node.pos[1] + top + ds.offset[1]) * ds.scale, width * ds.scale, height * ds.scale];
 }"""
-STILL_PICTURE = f"""async ([wanted, patience]) => {{
-  const picture = {PICTURE}, end = performance.now() + patience;
+STILL_IMAGE = f"""async ([wanted, patience]) => {{
+  const image = {IMAGE}, end = performance.now() + patience;
   while (performance.now() < end) {{
-    const before = picture(wanted);
+    const before = image(wanted);
     for (let frame = 0; frame < 3; frame++) await new Promise(requestAnimationFrame);
-    if (before && JSON.stringify(before) === JSON.stringify(picture(wanted))) return before;
+    if (before && JSON.stringify(before) === JSON.stringify(image(wanted))) return before;
   }}
 }}"""
 
 
 def find_chromium(playwright: Playwright) -> str | None:
-    """The system's Chromium or Chrome, else the one Playwright has downloaded."""
+    """Find the system's Chromium or Chrome, else the one Playwright has downloaded."""
     installed = next(filter(None, map(shutil.which, BROWSERS)), None)
     own = playwright.chromium.executable_path
     return installed or (own if Path(own).is_file() else None)
@@ -95,7 +95,7 @@ def find_chromium(playwright: Playwright) -> str | None:
 
 @contextlib.contextmanager
 def browser_page() -> Iterator[Page | None]:
-    """An empty page of a headless browser; None where there is no browser."""
+    """Open an empty page in a headless browser; yields None where there is no browser."""
     with sync_playwright() as playwright:
         chromium = find_chromium(playwright)
         if chromium is None:
@@ -157,7 +157,7 @@ class FrontEnd:
         dialog.wait_for(state="detached")
 
     def _wait_for_thumbnail(self, name: str, search: Locator, card: Locator) -> None:
-        """Search until the card shows its picture, in a browser that is opened where there is none (or none any more).
+        """Search until the card shows its image, in a browser that is opened where there is none (or none any more).
 
         On a busy machine some front ends believe that a card which came into view has left it: they read the first of
         the observer's entries where the last one counts. When the card has gone and comes back, it looks again.
@@ -175,12 +175,12 @@ class FrontEnd:
         raise AssertionError(f"the template browser shows no thumbnail for {name!r}")
 
     def nodes(self) -> list[dict[str, Any]]:
-        """Type, id, and whether the front end knows the type, of every node in the open workflow."""
+        """List type, id, and whether the front end knows the type, of every node in the open workflow."""
         known = "known: type in LiteGraph.registered_node_types"
         return self.page.evaluate(f"() => app.graph.nodes.map(({{ id, type }}) => ({{ id: String(id), type, {known} }}))")
 
     def prompt(self) -> dict[str, Any]:
-        """The open workflow in the form in which the front end would queue it."""
+        """Return the open workflow in the form in which the front end would queue it."""
         return json.loads(self.page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)"))
 
     def set_widget(self, node: str, name: str, value: Any) -> None:
@@ -197,17 +197,17 @@ class FrontEnd:
         return self.page.evaluate("foveaRuns.at(-1)")
 
     def progress_of(self, node: str) -> float | None:
-        """How far a node came by what it told last, from 0 to 1; None where it told nothing."""
+        """Return a node's last reported progress, from 0 to 1; None where it reported nothing."""
         return self.page.evaluate("(node) => foveaProgress[node]", node)
 
     def node(self, kind: str) -> str:
-        """The id of the first node of a kind."""
+        """Find the id of the first node of a kind."""
         return next(node["id"] for node in self.nodes() if node["type"] == kind)
 
     # -- looking and pointing
 
     def choose_theme(self, name: str) -> None:
-        """``dark`` or ``light``, of the front end's own."""
+        """Choose ``dark`` or ``light``, the front end's own themes."""
         self.page.evaluate("async (name) => { await app.extensionManager.setting.set('Comfy.ColorPalette', name); }", name)
 
     def draw_nodes_on_page(self, wanted: bool) -> None:
@@ -217,10 +217,10 @@ class FrontEnd:
     def centre(self, node: str, scale: float = 1.0) -> None:
         self.page.evaluate(CENTRE, [node, scale])
 
-    def picture(self, node: str, index: int = 0) -> tuple[float, float, float, float]:
-        """Left, top, width and height of a node's picture in the window, once it has settled there."""
-        frame = self.page.evaluate(STILL_PICTURE, [[node, index], PATIENCE])
-        assert frame, f"node {node} shows no picture {index}"
+    def image(self, node: str, index: int = 0) -> tuple[float, float, float, float]:
+        """Return left, top, width and height of a node's image in the window, once it has settled there."""
+        frame = self.page.evaluate(STILL_IMAGE, [[node, index], PATIENCE])
+        assert frame, f"node {node} shows no image {index}"
         return tuple(frame)
 
     @property
@@ -229,7 +229,7 @@ class FrontEnd:
         return self.page.locator(".fovea-words")
 
     def words_at(self, x: float, y: float) -> list[tuple[str, float]]:
-        """Point at a place of the window; the words in the read-out and their shares in percent, in its order."""
+        """Point at a place in the window; returns the words in the read-out and their shares in percent, in its order."""
         self.page.mouse.move(x, y)
         self.read_out.wait_for(state="visible")
         cells = "(box) => [...box.children].map((row) => [...row.children].map((cell) => cell.textContent))"
@@ -249,7 +249,7 @@ class FrontEnd:
         return results
 
     def put_down(self, x: float, y: float) -> None:
-        """Some front ends carry a node that was searched for with the pointer; a first click only closes the search."""
+        """Put down a node found by search: some front ends carry it with the pointer; a first click only closes the search."""
         for _ in range(PATIENCE // GLANCE):
             self.page.mouse.click(x, y)
             with contextlib.suppress(PlaywrightTimeout):

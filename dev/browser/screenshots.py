@@ -1,8 +1,8 @@
-"""Screenshots of the pack in ComfyUI's front end, for docs/screenshots; look at them before they are committed.
+"""Take the screenshots of docs/screenshots in ComfyUI's front end; look at them before they are committed.
 
-    COMFYUI_PATH=PATH python dev/screenshots.py
+    python dev screenshots
 
-Needs the environment's Python, and Chromium or Chrome.
+Needs Chromium or Chrome.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ FIT = """() => {
 
 
 def shoot(ui: FrontEnd, name: str) -> None:
-    ui.page.wait_for_timeout(1500)  # pictures and boxes fade in
-    with Image.open(io.BytesIO(ui.page.screenshot())) as picture:
-        height = round(picture.height * WIDTH / picture.width)
+    ui.page.wait_for_timeout(1500)  # images and boxes fade in
+    with Image.open(io.BytesIO(ui.page.screenshot())) as image:
+        height = round(image.height * WIDTH / image.width)
         target = TARGET / f"{name}.jpg"
-        picture.convert("RGB").resize((WIDTH, height), Image.Resampling.LANCZOS).save(target, quality=82)
+        image.convert("RGB").resize((WIDTH, height), Image.Resampling.LANCZOS).save(target, quality=82)
     print(target)
 
 
@@ -58,7 +58,7 @@ def read_out(ui: FrontEnd, name: str) -> None:
     ui.run()
     node = ui.node("AttnMapPreview")
     ui.centre(node)
-    left, top, width, height = ui.picture(node)
+    left, top, width, height = ui.image(node)
     ui.words_at(left + 0.3 * width, top + 0.4 * height)
     shoot(ui, name)
     ui.page.mouse.move(2, 2)

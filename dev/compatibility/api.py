@@ -1,8 +1,8 @@
-"""What of ComfyUI the pack uses: `python dev api` looks every name up in a host, to judge a new release in a minute.
+"""Look up every name of ComfyUI that the pack uses, the command `python dev api`: it judges a new release in a minute.
 
-The names are read from the pack's sources, so that none can be forgotten: modules of the host that are imported, what is
+The names are read from the pack's sources, so that none can be forgotten: modules of ComfyUI that are imported, what is
 imported from them, attributes of them that are used, and networks that are known by their dotted name. For
-`transformer_options`, which is a dictionary, the keys are looked for in the host's own sources.
+`transformer_options`, which is a dictionary, the keys are looked for in ComfyUI's own sources.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from host_inprocess import ROOT, load_pack, start_host
 
 HOST_MODULES = ("comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "latent_preview", "server")
-# Names that only newer hosts have: the pack asks before it uses them.
+# Names that only newer releases have: the pack asks before it uses them.
 OPTIONAL = {"comfy.model_management.in_training"}
 OPTION_KEYS = (
     "activations_shape", "block", "block_index", "block_type", "cond_or_uncond", "optimized_attention_override", "patches",
@@ -29,7 +29,7 @@ OPTION_KEYS = (
 
 @dataclass(frozen=True)
 class Use:
-    """A dotted name of the host, the first place that uses it, and whether the pack can do without."""
+    """A dotted name of ComfyUI, the first place that uses it, and whether the pack can do without."""
 
     name: str
     place: str
@@ -41,7 +41,7 @@ def sources() -> list[Path]:
 
 
 def uses() -> list[Use]:
-    """Every name of the host in the pack's sources, once."""
+    """Collect every name of ComfyUI in the pack's sources, once."""
     found: dict[str, Use] = {}
     for path in sources():
         for name, line, optional in _names(ast.parse(path.read_text(encoding="utf-8"))):
@@ -51,7 +51,7 @@ def uses() -> list[Use]:
 
 
 def _names(tree: ast.Module) -> Iterator[tuple[str, int, bool]]:
-    bound: dict[str, str] = {}  # name in this file -> dotted name of the host
+    bound: dict[str, str] = {}  # name in this file -> dotted name of ComfyUI
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -82,10 +82,10 @@ def _dotted(node: ast.expr, bound: dict[str, str]) -> str | None:
 
 
 def resolve(name: str) -> Any:
-    """The object of a dotted name.
+    """Return the object of a dotted name.
 
     Raises:
-        AttributeError, ImportError: the host has no such name.
+        AttributeError, ImportError: ComfyUI has no such name.
     """
     parts = name.split(".")
     for count in range(len(parts), 0, -1):
@@ -100,7 +100,7 @@ def resolve(name: str) -> Any:
 
 
 def missing(wanted: list[Use]) -> list[Use]:
-    """Those that this host does not have."""
+    """Return those that this ComfyUI does not have."""
     absent = []
     for use in wanted:
         try:
@@ -111,13 +111,13 @@ def missing(wanted: list[Use]) -> list[Use]:
 
 
 def missing_keys(host: Path) -> list[str]:
-    """Keys of transformer_options that the host's sources do not name."""
+    """Return the keys of transformer_options that ComfyUI's sources do not name."""
     text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted((host / "comfy").rglob("*.py")))
     return [key for key in OPTION_KEYS if not re.search(rf"""['"]{key}['"]""", text)]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line of ``python dev api``."""
+    """Run ``python dev api``."""
     parser = argparse.ArgumentParser(prog="python dev api", description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="print every name")
     args = parser.parse_args(argv)

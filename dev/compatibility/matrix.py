@@ -1,4 +1,4 @@
-"""`python dev matrix`: what each node of the pack does on every family of the host's list.
+"""Try every node of the pack on every family of models that ComfyUI knows, the command `python dev matrix`.
 
     python dev matrix [--only WORD] [--write] [--json FILE]
 
@@ -87,7 +87,7 @@ ROWS = (
     Row("SiT", ("sit",)),
 )
 
-# Of the host's list, what makes no pictures: sound, 3D, and networks that look at pictures.
+# Of ComfyUI's list, what makes no images: sound, 3D, and networks that look at images.
 LEFT_OUT = (
     "StableAudio", "StableAudio3", "ACEStep", "ACEStep15", "Hunyuan3Dv2", "Hunyuan3Dv2mini", "Hunyuan3Dv2_1", "TripoSplat",
     "RT_DETR_v4", "SAM3", "SAM31", "DepthAnything3",
@@ -95,7 +95,7 @@ LEFT_OUT = (
 
 
 def builders() -> dict[str, Any]:
-    """Everything that can be built, by name."""
+    """Return everything that can be built, by name."""
     from families import FAMILIES
     from families.dit import CLASS_FAMILIES
     from families.others import MORE_FAMILIES
@@ -104,7 +104,7 @@ def builders() -> dict[str, Any]:
 
 
 def own_configs(family: Any) -> list[str]:
-    """Its class of ``comfy.supported_models``; DiT has none there."""
+    """Name its class of ``comfy.supported_models``; DiT has none there."""
     return [family.config] if hasattr(family, "config") else []
 
 
@@ -112,7 +112,7 @@ def own_configs(family: Any) -> list[str]:
 
 
 def try_family(family: Any, log: Log) -> dict[str, Cell]:
-    """The cells of one family."""
+    """Measure the cells of one family."""
     try:
         model = family.build()
         trial = Trial(family, model, log)
@@ -123,7 +123,7 @@ def try_family(family: Any, log: Log) -> dict[str, Cell]:
 
 
 def measure(rows: Sequence[Row], told: Callable[[str], None] = lambda name: None) -> list[Line]:
-    """Every family of every row, those with the same answers in one line; ``told`` gets the name of each before it is tried."""
+    """Try every family of every row; those with the same answers share a line. ``told`` gets each name before it is tried."""
     load_pack()
     families = builders()
     lines: list[Line] = []
@@ -146,7 +146,7 @@ def measure(rows: Sequence[Row], told: Callable[[str], None] = lambda name: None
 
 
 def without_names(cell: Cell, *names: str) -> Cell:
-    """The same for every network that is told the same."""
+    """Take the names out of a message, so that networks that are told the same get the same cell."""
     message = cell.message
     for name in names:
         message = re.sub(rf"\b{re.escape(name)}\b", "<model>", message)

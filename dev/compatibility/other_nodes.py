@@ -1,8 +1,8 @@
-"""`python dev neighbours`: what each node of the pack does in a graph with another node of the host.
+"""Try every node of the pack in a graph with one of ComfyUI's own nodes, the command `python dev beside`.
 
-    python dev neighbours [--only WORD] [--write] [--json FILE]
+    python dev beside [--only WORD] [--write] [--json FILE]
 
-The host's own nodes patch, guide, cache or prompt a tiny random model, which then goes through real sampling with each node of
+ComfyUI's own nodes patch, guide, cache or prompt a tiny random model, which then goes through real sampling with each node of
 the pack, and is judged as in ``trial``. The table is in docs/other-nodes.md.
 """
 
@@ -20,24 +20,24 @@ from host_inprocess import ROOT, host_node, load_pack
 from compatibility.tables import COLUMNS, WORKS, Cell, Line, Outcome, Page, publish
 from compatibility.trial import CFG, Log, Trial, quiet
 
-PAGE = Page("neighbours", ROOT / "docs" / "other-nodes.md", "node")
+PAGE = Page("beside", ROOT / "docs" / "other-nodes.md", "node")
 
 Patch = Callable[[Any], Any]
 MAKES_GUIDERS = Cell(Outcome.REFUSED, message="Both make the guider of the run: choose one.")
 
 
 def node(module: str, name: str) -> Callable[..., Any]:
-    """First output of a node of ``comfy_extras`` (or of the host's own ``nodes``), by its class's name."""
+    """Return a function for the first output of a node of ``comfy_extras`` (or of ``nodes``), by its class's name."""
     run = host_node(name, f"comfy_extras.nodes_{module}" if module else "nodes")
     return lambda *values, **named: run(*values, **named)[0]
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class OtherNode:
     """Another node, and how it enters the graph.
 
     Attributes:
-        module: of ``comfy_extras`` that has it; a host without it is not asked.
+        module: of ``comfy_extras`` that has it; a release without it is not asked.
         model: what it makes of a model.
         prompt: what it makes of the positive prompt (given the encodings of two).
         guider: the guider it makes of a model and three prompts.
@@ -56,7 +56,7 @@ class Neighbour:
     masked: bool = False
 
     def known(self) -> bool:
-        """Whether the host has it."""
+        """Return whether this ComfyUI has it."""
         return not self.module or find_spec(f"comfy_extras.nodes_{self.module}") is not None
 
 
@@ -64,7 +64,7 @@ class Neighbour:
 
 
 def _lora(model: Any) -> Any:
-    """As LoraLoader leaves a model: patches of attention weights."""
+    """Patch attention weights, as LoraLoader does."""
     patched, generator = model.clone(), torch.Generator().manual_seed(5)
     patches = {}
     for name, weight in model.model.named_parameters():
@@ -81,7 +81,7 @@ def _merged(model: Any) -> Any:
 
 
 def _halves(first: Any, second: Any) -> Any:
-    """ConditioningSetMask on both halves, combined."""
+    """Combine ConditioningSetMask on both halves."""
     mask = torch.zeros(1, 16, 12)
     mask[:, :, :6] = 1
     (left,), (right,) = (
@@ -97,13 +97,13 @@ def _areas(first: Any, second: Any) -> Any:
 
 
 def _in_turn(first: Any, second: Any) -> Any:
-    """ConditioningSetTimestepRange: one prompt for the first steps, another for the rest."""
+    """Use one prompt for the first steps and another for the rest, with ConditioningSetTimestepRange."""
     ranges = ((first, 0.0, 0.3), (second, 0.3, 1.0))
     return [cond for prompt, start, end in ranges for cond in node("", "ConditioningSetTimestepRange")(prompt, start, end)]
 
 
 def _controlled(first: Any, second: Any) -> Any:
-    """ControlNetApply with a tiny random control network, on the positive prompt."""
+    """Apply a tiny random control network to the positive prompt, as ControlNetApply does."""
     import comfy.cldm.cldm
     import comfy.controlnet
     import comfy.ops
@@ -119,7 +119,7 @@ def _controlled(first: Any, second: Any) -> Any:
 
 
 def _hooked(first: Any, second: Any) -> Any:
-    """A LoRA as a hook on the positive prompt only (CreateHookModelAsLora and its kin)."""
+    """Hook a LoRA to the positive prompt only (CreateHookModelAsLora and its kin)."""
     import comfy.hooks
 
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(7)) * 0.02
@@ -152,7 +152,7 @@ def _compiled(model: Any) -> Any:
 
 
 def _split(model: Any) -> Any:
-    """MultiGPU CFG Split, with a clone on the CPU in place of a second GPU: the host runs each in a thread of its own."""
+    """Split as MultiGPU CFG Split does, with a clone on the CPU in place of a second GPU; each runs in a thread of its own."""
     from families import FAMILIES
 
     model.cached_patcher_init = (FAMILIES["sd15"].build, ())
@@ -168,20 +168,20 @@ def _dual(model: Any, positive: Any, negative: Any, empty: Any) -> Any:
     return node("custom_sampler", "DualCFGGuider")(model, positive, empty, negative, CFG, CFG, "regular")
 
 
-def _patching(name: str, module: str, cls: str, *values: Any, **graph: Any) -> Neighbour:
-    """A node that takes a model, its settings, and gives a model."""
-    return Neighbour(name, module, lambda model: node(module, cls)(model, *values), **graph)
+def _patching(name: str, module: str, cls: str, *values: Any, **graph: Any) -> OtherNode:
+    """Make an entry for a node that takes a model and settings and returns a model."""
+    return OtherNode(name, module, lambda model: node(module, cls)(model, *values), **graph)
 
 
-NEIGHBOURS = (
-    Neighbour("Load LoRA", model=_lora),
-    Neighbour("Model Merge", "model_merging", _merged),
-    Neighbour("ControlNet", prompt=_controlled),
-    Neighbour("Combine, masks", prompt=_halves),
-    Neighbour("Combine, areas", prompt=_areas),
-    Neighbour("Combine, timestep ranges", prompt=_in_turn),
-    Neighbour("LoRA hooks on a prompt", "hooks", prompt=_hooked),
-    Neighbour("Set Latent Noise Mask", masked=True),
+OTHER_NODES = (
+    OtherNode("Load LoRA", model=_lora),
+    OtherNode("Model Merge", "model_merging", _merged),
+    OtherNode("ControlNet", prompt=_controlled),
+    OtherNode("Combine, masks", prompt=_halves),
+    OtherNode("Combine, areas", prompt=_areas),
+    OtherNode("Combine, timestep ranges", prompt=_in_turn),
+    OtherNode("LoRA hooks on a prompt", "hooks", prompt=_hooked),
+    OtherNode("Set Latent Noise Mask", masked=True),
     _patching("Differential Diffusion", "differential_diffusion", "DifferentialDiffusion", masked=True),
     _patching("RescaleCFG", "model_advanced", "RescaleCFG", 0.7),
     _patching("CFG-Zero*", "cfg", "CFGZeroStar"),
@@ -193,11 +193,11 @@ NEIGHBOURS = (
     _patching("Self-Attention Guidance", "sag", "SelfAttentionGuidance", 0.5, 2.0),
     _patching("Normalized Attention Guidance", "nag", "NAGuidance", 3.0, 0.5, 2.5),
     _patching("Skip Layer Guidance", "slg", "SkipLayerGuidanceDiT", 3.0, 0.0, 1.0, "0", "", family="sd3"),
-    Neighbour("DualCFGGuider", "custom_sampler", guider=_dual),
-    Neighbour("PerpNegGuider", "perpneg", guider=lambda model, positive, negative, empty: node("perpneg", "PerpNegGuider")(
+    OtherNode("DualCFGGuider", "custom_sampler", guider=_dual),
+    OtherNode("PerpNegGuider", "perpneg", guider=lambda model, positive, negative, empty: node("perpneg", "PerpNegGuider")(
         model, positive, negative, empty, CFG, 1.0
     )),
-    Neighbour("BasicGuider", "custom_sampler", guider=lambda model, positive, negative, empty: node(
+    OtherNode("BasicGuider", "custom_sampler", guider=lambda model, positive, negative, empty: node(
         "custom_sampler", "BasicGuider"
     )(model, positive)),
     _patching("FreeU", "freelunch", "FreeU_V2", 1.1, 1.2, 0.9, 0.4),
@@ -206,37 +206,37 @@ NEIGHBOURS = (
     _patching("Kohya Deep Shrink", "model_downscale", "PatchModelAddDownscale", 3, 2.0, 0.0, 0.35, True, "bicubic", "bicubic"),
     _patching("EasyCache", "easycache", "EasyCacheNode", 0.2, 0.15, 0.95, False, steady=False),
     _patching("LazyCache", "easycache", "LazyCacheNode", 0.2, 0.15, 0.95, False, steady=False),
-    Neighbour("Context Windows", "context_windows", _windows, family="wan_t2v"),
-    Neighbour("MultiGPU CFG Split", "multigpu", _split),
-    Neighbour("Torch Compile", "torch_compile", _compiled),
+    OtherNode("Context Windows", "context_windows", _windows, family="wan_t2v"),
+    OtherNode("MultiGPU CFG Split", "multigpu", _split),
+    OtherNode("Torch Compile", "torch_compile", _compiled),
 )  # fmt: skip
 
-SLOW = NEIGHBOURS[-1:]  # a minute; the tests have one of their own for it
+SLOW = OTHER_NODES[-1:]  # a minute; the tests have one of their own for it
 
 
 # --- the table -----------------------------------------------------------------------------------------------------------
 
 
-class NeighbourTrial(Trial):
-    """A graph that has a neighbour in it already when the pack's nodes come."""
+class TrialBeside(Trial):
+    """A graph that has the other node in it already when the pack's nodes come."""
 
-    def __init__(self, family: Any, model: Any, log: Log, neighbour: Neighbour) -> None:
-        self.neighbour, self.steady = neighbour, neighbour.steady
-        if neighbour.masked:
+    def __init__(self, family: Any, model: Any, log: Log, other: OtherNode) -> None:
+        self.other, self.steady = other, other.steady
+        if other.masked:
             self.noise_mask = torch.linspace(0, 1, family.size[1]).expand(1, 1, *family.size)
-        super().__init__(family, neighbour.model(model), log)
+        super().__init__(family, other.model(model), log)
 
     def prompts(self) -> tuple[Any, Any, Any]:
         positive, negative, null = super().prompts()
-        return self.neighbour.prompt(positive, self.family.conds(5)), negative, null
+        return self.other.prompt(positive, self.family.conds(5)), negative, null
 
     def guider(self, model: Any) -> Any:
-        if self.neighbour.guider is None:
+        if self.other.guider is None:
             return super().guider(model)
-        return self.neighbour.guider(model, self.positive, self.negative, self.null)
+        return self.other.guider(model, self.positive, self.negative, self.null)
 
     def excite(self) -> Cell:
-        return super().excite() if self.neighbour.guider is None else MAKES_GUIDERS
+        return super().excite() if self.other.guider is None else MAKES_GUIDERS
 
     def t_gate_cell(self, done: list[str], said: str) -> Cell:
         notes = said.partition("; ")[2]
@@ -247,26 +247,26 @@ class NeighbourTrial(Trial):
         return Cell(Outcome.PART, ", ".join(done), notes) if done and notes else super().t_gate_cell(done, said)
 
 
-def measure(neighbours: Sequence[Neighbour], told: Callable[[str], None] = lambda name: None) -> list[Line]:
-    """One line for each neighbour that the host has."""
+def measure(others: Sequence[OtherNode], told: Callable[[str], None] = lambda name: None) -> list[Line]:
+    """Measure one line for each node that this ComfyUI has."""
     from families import FAMILIES
 
     load_pack()
     lines = []
     with quiet() as log:
-        for neighbour in neighbours:
-            if not neighbour.known():
+        for other in others:
+            if not other.known():
                 continue
-            told(neighbour.name)
-            family = FAMILIES[neighbour.family]
+            told(other.name)
+            family = FAMILIES[other.family]
             torch.manual_seed(0)  # ToMe and HyperTile draw from the global generator
-            cells = NeighbourTrial(family, family.build(), log, neighbour).cells()
-            lines.append(Line(neighbour.name, [], {name: cells[name] for name in COLUMNS}))
+            cells = TrialBeside(family, family.build(), log, other).cells()
+            lines.append(Line(other.name, [], {name: cells[name] for name in COLUMNS}))
     return lines
 
 
 def main() -> None:
-    publish(PAGE, NEIGHBOURS, measure, __doc__ or "")
+    publish(PAGE, OTHER_NODES, measure, __doc__ or "")
 
 
 if __name__ == "__main__":

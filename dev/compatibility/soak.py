@@ -1,4 +1,4 @@
-"""Hundreds of prompts on one real server: does anything grow, stay behind or break?
+"""Run hundreds of prompts on one real server: does anything grow, stay behind or break?
 
     python dev soak [--prompts N] [--seed N] [--json FILE]
 
@@ -35,7 +35,7 @@ WRONG_WORD = "zebra"
 
 @dataclass(frozen=True)
 class Sample:
-    """The server after a prompt."""
+    """The state of the server after a prompt."""
 
     number: int
     workflow: str
@@ -48,7 +48,7 @@ class Sample:
 
 
 def shuffled(prompt: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """The workflow with other sizes, batches, seeds and few steps."""
+    """Give the workflow other sizes, batches and seeds, and few steps."""
     prompt = json.loads(json.dumps(prompt))
     size = {"width": rng.choice(SIZES), "height": rng.choice(SIZES)}
     one_per_class = any(node["class_type"] == "DiTClassLabel" for node in prompt.values())
@@ -98,14 +98,14 @@ def run_one(server: HostServer, name: str, prompt: dict[str, Any], kind: str, nu
 
 
 def expected(sample: Sample) -> bool:
-    """Whether a prompt ended as it had to."""
+    """Return whether a prompt ended as it had to."""
     if sample.kind == "wrong word":
         return WRONG_WORD in sample.outcome
     return sample.outcome == "done" or (sample.kind == "interrupted" and "interrupted" in sample.outcome)
 
 
 def verdict(samples: Sequence[Sample]) -> list[str]:
-    """What is wrong with a soak; nothing, if it is well."""
+    """List what is wrong with a soak; nothing, if it is well."""
     wrong = [f"prompt {s.number} ({s.workflow}, {s.kind}): {s.outcome}" for s in samples if not expected(s)]
     third = len(samples) // 3
     for name in ("resident_mb", "tensors"):
@@ -140,7 +140,7 @@ def soak(server: HostServer, prompts: int, seed: int) -> list[Sample]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line of ``python dev soak``."""
+    """Run ``python dev soak``."""
     parser = argparse.ArgumentParser(prog="python dev soak", description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as base:
         link(STATE_NODE, Path(base) / "custom_nodes" / STATE_NODE.name)
-        # Newer hosts keep what nodes gave for as long as there is memory, which would look like a leak: only the last run's.
+        # Newer releases keep nodes' outputs as long as there is memory, which would look like a leak: keep the last run's only.
         with HostServer(Path(os.environ["COMFYUI_PATH"]), Path(base), arguments=("--cache-classic",)) as server:
             start = time.monotonic()
             samples = soak(server, args.prompts, args.seed)

@@ -1,7 +1,7 @@
-"""Tables of what the pack's nodes do, and the page that each is published on.
+"""Write tables of what the pack's nodes do, and publish each on its page.
 
 A line is a family or another node, a cell says what one node of the pack does there. ``trial`` measures cells, ``matrix`` and
-``neighbours`` make lines of them.
+``other_nodes`` make lines of them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Outcome(str, Enum):
 
 @dataclass(frozen=True)
 class Cell:
-    """``detail``: what works, or what is wrong; ``message``: what the artist is shown."""
+    """One cell; ``detail``: what works, or what is wrong; ``message``: what the artist is shown."""
 
     outcome: Outcome
     detail: str = ""
@@ -99,7 +99,7 @@ class Messages:
 
 
 def render(lines: Sequence[Line], first: str) -> str:
-    """The table in Markdown, and below it what each refusal says; ``first`` is the heading of the first column."""
+    """Write the table in Markdown, and below it what each refusal says; ``first`` is the heading of the first column."""
     messages = Messages()
     rows = [f"| {' | '.join([first, *COLUMNS.values()])} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for line in lines:
@@ -111,7 +111,7 @@ def render(lines: Sequence[Line], first: str) -> str:
 
 
 def _elsewhere(node: str, lines: Sequence[Line], messages: Messages) -> str:
-    """A node whose answer is the same nearly everywhere, in one sentence."""
+    """Describe in one sentence a node whose answer is the same nearly everywhere."""
     answers: dict[str, list[str]] = {}
     for line in lines:
         if node in line.cells:
@@ -155,11 +155,11 @@ def publish(
     measure: Callable[[Sequence[AnyNamed], Callable[[str], None]], list[Line]],
     about: str,
 ) -> None:
-    """The command of a page: measure what was chosen, show it, write it where that is asked for; a fault is an error."""
+    """Run a page's command: measure what was chosen, print it, and write it if asked to; a fault is an error."""
     parser = argparse.ArgumentParser(prog=f"python dev {page.command}", description=about.splitlines()[0])
     parser.add_argument("--only", default="", metavar="WORD", help="only what has this in its name")
     parser.add_argument("--write", action="store_true", help=f"put the table into {page.file.name}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the cells here, with the host's name of each model")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the cells here, with ComfyUI's name of each model")
     arguments = parser.parse_args()
     chosen = [row for row in rows if arguments.only.lower() in row.name.lower()]
     if not chosen or (arguments.write and len(chosen) < len(rows)):

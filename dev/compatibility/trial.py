@@ -1,4 +1,4 @@
-"""One model, real sampling, and every node of the pack in turn: what each does there is measured, not believed.
+"""Try every node of the pack in turn on one model with real sampling: what each does is measured, not believed.
 
 Attention modules that were not called, maps of the right mass, a latent that moved, a loss that fell, a model that was left as
 it was.
@@ -53,7 +53,8 @@ class Trial:
     noise_mask: Tensor | None = None
 
     def __init__(self, family: Any, model: Any, log: Log) -> None:
-        from fovea_attention.attention import host, sites
+        from fovea_attention.attention import host
+        from fovea_attention.attention import networks as sites
 
         self.family, self.log = family, log
         self.network = host.diffusion_model(model.model)
@@ -68,12 +69,12 @@ class Trial:
             for tensor, options in (*self.positive, *self.negative):
                 options["fovea"] = words_of_a_prompt(tensor.shape[1])
         self.untouched = self.state()
-        self.plain = self.picture(self.sampled())
+        self.plain = self.image_latent(self.sampled())
         self.calls = {kind: called // STEPS for kind, called in self.counts.attention.items()}  # in a step
         self.asked = {prompt: called // STEPS for prompt, called in Counter(self.counts.prompts).items()}
 
     def prompts(self) -> tuple[Any, Any, Any]:
-        """Positive, negative and empty prompt."""
+        """Return the positive, negative and empty prompt."""
         return self.family.conds(1), self.family.conds(2), self.family.conds(7)
 
     # Counting
@@ -86,7 +87,7 @@ class Trial:
         self.counts.attention[kind] += 1
 
     def state(self) -> list[Any]:
-        """What a node could leave behind: forwards, hooks and options."""
+        """Return what a node could leave behind: forwards, hooks and options."""
         modules = [(name, module.__dict__.get("forward"), len(module._forward_hooks), len(module._forward_pre_hooks))
                    for name, module in self.network.named_modules()]  # fmt: skip
         options = self.model.model_options["transformer_options"]
@@ -114,7 +115,7 @@ class Trial:
         return self.family.start * torch.randn(empty.shape, generator=torch.Generator().manual_seed(4))
 
     def sampled(self, guider: Any = None, steps: int = STEPS, sampler: Any = None) -> Any:
-        """The latent of a run, as SamplerCustomAdvanced makes it."""
+        """Sample as SamplerCustomAdvanced does; returns the latent."""
         import comfy.sample
         import comfy.samplers
 
@@ -129,18 +130,18 @@ class Trial:
             )
 
     @staticmethod
-    def picture(latent: Any) -> Tensor:
-        """The latent; of video with sound, the video's."""
+    def image_latent(latent: Any) -> Tensor:
+        """Return the latent; of video with sound, the video's."""
         return latent.unbind()[0] if getattr(latent, "is_nested", False) else latent
 
     def moved(self, latent: Any) -> bool:
-        """Whether a latent is another one than without the node."""
-        return bool((self.picture(latent) - self.plain).norm() > _NEAR * self.plain.norm())
+        """Return whether a latent differs from the one without the node."""
+        return bool((self.image_latent(latent) - self.plain).norm() > _NEAR * self.plain.norm())
 
     # The nodes
 
     def judged(self, judge: Callable[[], Cell]) -> Cell:
-        """The cell of a node; an error counts as a refusal where it is the pack's own and the model has not run."""
+        """Judge a node; an error counts as a refusal where it is the pack's own and the model has not run."""
         self.log.lines.clear()
         self.counts = Counts()
         try:
@@ -164,16 +165,16 @@ class Trial:
             "Attention Distillation": self.judged(self.distill),
             SAMPLER: self.judged(self.ddpm),
         }
-        if not torch.equal(self.picture(self.sampled()), self.plain):
+        if not torch.equal(self.image_latent(self.sampled()), self.plain):
             return {
-                name: fault(f"after all nodes the plain picture is another one ({cell.detail})") for name, cell in cells.items()
+                name: fault(f"after all nodes the plain image is another one ({cell.detail})") for name, cell in cells.items()
             }
         return cells
 
     def t_gate(self) -> Cell:
-        """Two steps before the gate and one behind it, in which self-attention may be reused too."""
+        """Sample two steps before the gate and one behind it, in which self-attention may be reused too."""
         model = self.nodes["TGateCache"].execute(self.model, gate_at=2 / 3, sp_interval=1, fi_interval=GATE_STEPS)[0]
-        latent = self.picture(self.sampled(self.guider(model), GATE_STEPS))
+        latent = self.image_latent(self.sampled(self.guider(model), GATE_STEPS))
         saved = {kind: self.calls[kind] * GATE_STEPS - called for kind, called in self.counts.attention.items()}
         called = Counter(self.counts.prompts)
         dropped = self.asked.get(1, 0) * GATE_STEPS - called[1]
@@ -185,7 +186,7 @@ class Trial:
         return self.t_gate_cell([text for text, saving in saves.items() if saving], said)
 
     def t_gate_cell(self, done: list[str], said: str) -> Cell:
-        """What it means that T-GATE saved ``done`` and logged ``said``."""
+        """Judge what it means that T-GATE saved ``done`` and logged ``said``."""
         if done and "has no separate cross-attention" in said:
             return Cell(Outcome.PART, ", ".join(done))
         if "cross-attention reused" in done and "negative prompt skipped" in done:
@@ -195,24 +196,24 @@ class Trial:
         return Cell(Outcome.REFUSED, message=said) if ";" in said else fault("a silent no-op")
 
     def captured(self, maps: list[Any]) -> Any:
-        """The maps of one run for both views, sampled once."""
+        """Capture the maps of one run for both views, sampled once."""
         if not maps:
             model, found = self.nodes["AttnMapCapture"].execute(self.model, self_attention=True).args
             latent = self.sampled(self.guider(model))
-            if self.moved(latent) or not torch.equal(self.picture(latent), self.plain):
-                raise RuntimeError("the picture is another one with Capture Attention Maps")
+            if self.moved(latent) or not torch.equal(self.image_latent(latent), self.plain):
+                raise RuntimeError("the image is another one with Capture Attention Maps")
             maps.append(self._stored(found))
             self.counts = Counts()  # the preview is a node of its own: what it refuses, it refuses before it draws
         return maps[0]
 
     def _stored(self, maps: Any) -> Any:
-        """The same maps from a file, through the nodes that keep them."""
+        """Return the same maps from a file, through the nodes that keep them."""
         saved = self.nodes["FoveaSaveAttnMaps"].execute(maps, self._image(), "matrix")
         file = saved.ui.as_dict()["text"][0]
         return self.nodes["FoveaLoadAttnMaps"].execute(f"{file} [output]")[0]
 
     def _image(self) -> Tensor:
-        """As the decoder would give it, in proportion."""
+        """Return an image in the decoder's proportions."""
         height, width = (round(side * 64 / max(self.family.size)) for side in self.family.size)
         return torch.full((max(self.family.frames, 1), height, width, 3), 0.5)
 
@@ -255,7 +256,7 @@ class Trial:
         )[0]
         with gradients() as norms:
             latent = self.sampled(guider)
-        if not (norms and min(norms) > 0 and self.picture(latent).isfinite().all() and self.moved(latent)):
+        if not (norms and min(norms) > 0 and self.image_latent(latent).isfinite().all() and self.moved(latent)):
             return fault(f"gradients {norms}, latent {'moved' if self.moved(latent) else 'the same'}")
         return WORKS if any("1 guided steps" in line for line in self.log.lines) else fault("a silent no-op")
 
@@ -263,7 +264,7 @@ class Trial:
         import comfy.samplers
 
         generator = torch.Generator().manual_seed(9)
-        reference = torch.randn(self.picture(self.family.latent()).shape, generator=generator)
+        reference = torch.randn(self.image_latent(self.family.latent()).shape, generator=generator)
         mask = {} if self.noise_mask is None else {"noise_mask": self.noise_mask}
         with torch.inference_mode():
             output, denoised, report = self.nodes["AttentionDistillSampler"].execute(
@@ -279,11 +280,11 @@ class Trial:
 
     def ddpm(self) -> Cell:
         latent = self.sampled(sampler=self.nodes["DiTSampler"].execute()[0])
-        return WORKS if self.picture(latent).isfinite().all() and self.moved(latent) else fault("not finite")
+        return WORKS if self.image_latent(latent).isfinite().all() and self.moved(latent) else fault("not finite")
 
 
 class Noise:
-    """RandomNoise, as the core node makes it."""
+    """The noise of ComfyUI's RandomNoise."""
 
     seed = 3
 
@@ -295,7 +296,7 @@ class Noise:
 
 @contextmanager
 def gradients() -> Iterator[list[float]]:
-    """Norms of the gradients of every pass while it lasts."""
+    """Collect the norms of every pass's gradients while it lasts."""
     from fovea_attention.attention.gradient import ModelPass
 
     norms: list[float] = []
@@ -315,7 +316,7 @@ def gradients() -> Iterator[list[float]]:
 
 
 def words_of_a_prompt(rows: int) -> dict[str, Any]:
-    """What 'Prompt with Subjects' leaves in the encoding of "[cat] and [dog]", for text features of any encoder."""
+    """Return what 'Prompt with Subjects' leaves in the encoding of "[cat] and [dog]", for text features of any encoder."""
     words = [(6, "cat", 0), (7, "and", 4), (8, "dog", 8)]  # places that no family of the tests masks
     tokens = [[position, word, start, start + len(word), "text", "l"] for position, word, start in words]
     return {
@@ -326,7 +327,7 @@ def words_of_a_prompt(rows: int) -> dict[str, Any]:
 
 @contextmanager
 def quiet() -> Iterator[Log]:
-    """The pack's log lines in a list, no progress bars, and files in a folder that goes away."""
+    """Keep the pack's log lines in a list, show no progress bars, and put files into a folder that goes away."""
     import comfy.utils
     import folder_paths
 

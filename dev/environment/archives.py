@@ -34,7 +34,7 @@ def sha256_of(path: Path) -> str:
 
 
 def fetch_archive(pin: HostPin, downloads: Path, download: Callable[[HostPin, Path], None]) -> Path:
-    """The archive of `pin`, its sha256 checked; an incomplete or changed file from before is fetched anew."""
+    """Fetch the archive of `pin` and check its sha256; an incomplete or changed file from before is fetched anew."""
     archive = downloads / pin.archive
     if archive.is_file() and sha256_of(archive) == pin.sha256:
         return archive
@@ -58,7 +58,7 @@ def fetch_archive(pin: HostPin, downloads: Path, download: Callable[[HostPin, Pa
 
 
 def _archive_files(archive: Path) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
-    """The regular files of a tar.gz or zip: name and a function that opens it. Links and devices are skipped."""
+    """Yield the regular files of a tar.gz or zip, each as a name and a function that opens it. Links and devices are skipped."""
     if archive.name.endswith(".tar.gz"):
         with tarfile.open(archive) as tar:
             for member in tar:
@@ -100,7 +100,7 @@ def unpack(archive: Path, folder: str, target: Path, leave_out: tuple[str, ...] 
 
 
 def host_version_of(folder: Path) -> str | None:
-    """The version a ComfyUI folder says it has."""
+    """Read the version from a ComfyUI folder."""
     try:
         text = (folder / "comfyui_version.py").read_text(encoding="utf-8")
     except OSError:
@@ -109,7 +109,7 @@ def host_version_of(folder: Path) -> str | None:
 
 
 def host_is_valid(pin: HostPin, folder: Path) -> bool:
-    """Whether `folder` is the host of `pin`, with every file it was unpacked with still there in full."""
+    """Return whether `folder` is the ComfyUI of `pin`, with every file it was unpacked with still there in full."""
     try:
         stamp = json.loads((folder / "fovea-stamp.json").read_text(encoding="utf-8"))
         files = stamp["files"]
@@ -120,9 +120,9 @@ def host_is_valid(pin: HostPin, folder: Path) -> bool:
 
 
 def ensure_host(pin: HostPin, base: Path, download: Callable[[HostPin, Path], None]) -> tuple[Path, bool]:
-    """The folder of the host of `pin`, made when missing or broken; and whether it was there already.
+    """Unpack the ComfyUI of `pin` unless it is there already; returns its folder, and whether it was.
 
-    It is unpacked beside its place and renamed into it, so a half-unpacked host is never mistaken for one.
+    It is unpacked beside its place and renamed into it, so a half-unpacked ComfyUI is never mistaken for one.
     """
     folder = base / "hosts" / pin.version
     if host_is_valid(pin, folder):

@@ -12,7 +12,7 @@ FRONT_END = "comfyui-frontend-package"
 
 
 def front_end_version(host: Path) -> str | None:
-    """The version of the front end that the host asks for."""
+    """Return the version of the front end that a ComfyUI asks for."""
     lines = (host / "requirements.txt").read_text(encoding="utf-8").splitlines()
     return next((line.split("==")[1].strip() for line in lines if line.startswith(f"{FRONT_END}==")), None)
 
@@ -22,14 +22,14 @@ def front_end_folder(version: str) -> Path:
 
 
 def front_end_arguments(host: Path) -> tuple[str, ...]:
-    """What makes the host's server show its own front end; nothing where the Python it runs in has to provide one."""
+    """Return the arguments that make a server show its own front end; none where its Python has to provide one."""
     version = front_end_version(host)
     pages = front_end_folder(version or "none") / FRONT_END.replace("-", "_") / "static"
     return ("--front-end-root", str(pages)) if pages.is_dir() else ()
 
 
 def ensure_front_end(python: Path, host: Path, log: Path) -> bool:
-    """Keep the host's own front end beside the environment, which can hold one version only; whether it was there already."""
+    """Install a ComfyUI's own front end beside the environment; returns whether it was there already."""
     version = front_end_version(host)
     if version is None or front_end_folder(version).is_dir():
         return True

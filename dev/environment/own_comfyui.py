@@ -35,7 +35,7 @@ def existing(comfyui: Path, python: Path | None = None) -> Environment:
 
 
 def find_python(host: Path) -> Path:
-    """The Python that belongs to a ComfyUI folder; the one running us when none is found."""
+    """Find the Python that belongs to a ComfyUI folder; without one, returns the one running us."""
     portable = host.parent / "python_embeded" / "python.exe"
     candidates = (venv_python(host / ".venv"), venv_python(host / "venv"), portable)
     return next((path for path in candidates if path.is_file()), Path(sys.executable))
@@ -46,7 +46,7 @@ def _has_tools() -> str:
 
 
 def _with_tools(theirs: Path) -> Path:
-    """A thin environment on top of somebody's Python: it sees all their packages and adds the developer tools."""
+    """Make a thin environment on top of somebody's Python: it sees all their packages and adds the developer tools."""
     base = home()
     folder = base / f"tools-{fingerprint_of(str(theirs.absolute()))[:12]}"
     venv, log = Venv(folder), base / "log"

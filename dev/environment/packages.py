@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from environment.places import DEV
@@ -19,12 +20,15 @@ TOOLS = (
 
 
 def packages_fingerprint(host: Path) -> str:
-    texts = [path.read_text(encoding="utf-8") for path in (host / "requirements.txt", REQUIREMENTS, CONSTRAINTS)]
-    return fingerprint_of(*TORCH, *WITHOUT_DEPENDENCIES, *texts)
+    """Return a fingerprint of everything that is installed; comments do not count."""
+    files = (host / "requirements.txt", REQUIREMENTS, CONSTRAINTS)
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    lines = re.sub(r"(^|\s)#.*", "", text, flags=re.MULTILINE).split("\n")
+    return fingerprint_of(*TORCH, *WITHOUT_DEPENDENCIES, *filter(None, map(str.strip, lines)))
 
 
 def install_packages(python: Path, host: Path, log: Path) -> None:
-    """The host's own requirements and the developer tools, with torch held where it is."""
+    """Install ComfyUI's own requirements and the developer tools, with torch held where it is."""
     files = ["-r", str(host / "requirements.txt"), "-r", str(REQUIREMENTS), "-c", str(CONSTRAINTS)]
     pip(python, "install", "--no-compile", *TORCH, *files, log=log)
     install_alone(python, log)
@@ -44,5 +48,5 @@ print(torch.__version__.split("+")[0])
 
 
 def environment_works(python: Path) -> bool:
-    """A real check: torch and the host's main packages import, and the developer tools are there."""
+    """Check that torch and ComfyUI's main packages really import, and that the developer tools are there."""
     return asks(python, PROBE) == TORCH[0].split("==")[1]

@@ -1,4 +1,4 @@
-"""Where things are: the checkout, its `dev` folder, and the folder that holds everything made here."""
+"""Name the places: the checkout, its `dev` folder, and the folder that holds everything made here."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ ROOT = DEV.parent
 
 
 def home() -> Path:
-    """The folder that holds everything made here."""
+    """Return the folder that holds everything made here."""
     return Path(os.environ.get("FOVEA_HOME") or ROOT / ".fovea").resolve()

@@ -19,7 +19,7 @@ from environment.stages import SetupError
 
 
 def venv_python(venv: Path) -> Path:
-    """The Python inside a virtual environment."""
+    """Return the Python inside a virtual environment."""
     return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
@@ -38,7 +38,7 @@ def run_logged(command: list[str], log: Path, advice: str) -> None:
 
 
 def clean_env(**extra: str) -> dict[str, str]:
-    """The environment for a child Python: nothing of the Python that runs us leaks into it."""
+    """Return the environment variables for a child Python: nothing of the Python that runs us leaks into it."""
     env = {
         key: value
         for key, value in os.environ.items()
@@ -62,7 +62,7 @@ def pip_download(python: Path, pin: HostPin, folder: Path, log: Path) -> None:
 
 
 def asks(python: Path, code: str, timeout: float = 180) -> str | None:
-    """What `code` prints in that Python, or None when it cannot run it."""
+    """Return what `code` prints in that Python, or None when it cannot run it."""
     command = [str(python), "-c", code]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=clean_env(), cwd=DEV)
@@ -106,7 +106,7 @@ class Venv:
         self.note.write_text(json.dumps({**done, stage: fingerprint}), encoding="utf-8")
 
     def is_usable(self, fingerprint: str) -> bool:
-        """Whether the Python is there, is the one expected, and no stage was interrupted."""
+        """Return whether the Python is there, is the one expected, and no stage was interrupted."""
         stages = self.stages()
         return "unfinished" not in stages and stages.get("python") == fingerprint and asks(self.python, "print(1)") == "1"
 

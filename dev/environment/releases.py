@@ -17,7 +17,7 @@ class HostPin:
     sha256: str
     folder: str  # where ComfyUI lies inside the archive
     leave_out: tuple[str, ...] = ()
-    routine: bool = True  # tested whenever nobody asks for certain hosts
+    routine: bool = True  # tested whenever nobody asks for certain releases
 
 
 # The newest first.
@@ -49,7 +49,7 @@ HOSTS = (
 
 
 def chosen_hosts(wanted: str | None) -> tuple[HostPin, ...]:
-    """Hosts by ``--host``: a version, "all", or by default the newest and the oldest."""
+    """Choose releases by ``--host``: a version, "all", or by default the newest and the oldest."""
     if wanted is None:
         return tuple(pin for pin in HOSTS if pin.routine)
     found = tuple(pin for pin in HOSTS if wanted in ("all", pin.version))

@@ -1,11 +1,11 @@
-"""Everything `python dev ...` needs on a bare machine, made with the standard library alone.
+"""Make everything `python dev ...` needs on a bare machine, with the standard library alone.
 
 One ignored folder holds it all (`.fovea` in the checkout, or `$FOVEA_HOME`):
 
-    downloads/        the archives the hosts come from, by their sha256
+    downloads/        the archives ComfyUI's releases come from, by their sha256
     hosts/<version>/  ComfyUI, unpacked
-    front-ends/<version>/  the front end of a host that needs another one than the environment has
-    venv/             Python with torch, the host's requirements and the developer tools
+    front-ends/<version>/  the front end of a ComfyUI that needs another one than the environment has
+    venv/             Python with torch, ComfyUI's requirements and the developer tools
     log/              what pip said, one file per stage
 
 Each part is used again when it is there and valid, and made again when it is broken, out of date or was interrupted.
@@ -67,7 +67,7 @@ def _try_lock(handle: IO[str]) -> bool:
 
 
 def ensure(pins: tuple[HostPin, ...] = HOSTS) -> Environment:
-    """Make or reuse the environment, which is the newest host's, and the hosts of `pins`."""
+    """Make or reuse the environment, which is the newest ComfyUI's, and the releases of `pins`."""
     base = home()
     venv = base / "venv"
     with only_one(base):
@@ -85,7 +85,7 @@ def ensure(pins: tuple[HostPin, ...] = HOSTS) -> Environment:
 
 
 def _ensure_once(base: Path, pins: tuple[HostPin, ...]) -> Environment | None:
-    """One pass over all stages; None when the finished environment turns out not to work."""
+    """Go through all stages once; returns None when the finished environment turns out not to work."""
     every = dict.fromkeys((HOSTS[0], *pins))
     stages, log, venv = Stages(len(every) + 3), base / "log", Venv(base / "venv")
     with stages.stage(f"Python {sys.version_info[0]}.{sys.version_info[1]} environment") as close:

@@ -1,4 +1,4 @@
-"""One line per stage of a long command, and errors that name the stage, the reason and what to do."""
+"""Report a long command: one line per stage, and errors that name the stage, the reason and what to do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Stages:
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Callable[[str], None]]:
-        """Yields a function that replaces the seconds at the end of the line by a word, such as `ready`."""
+        """Yield a function that replaces the seconds at the end of the line by a word, such as `ready`."""
         self.number += 1
         closing: list[str] = []
         print(f"[{self.number}/{self.count}] {title} ... ", end="", flush=True)

@@ -1,4 +1,4 @@
-"""A tiny random DiT or SiT, as the pack's own nodes load and prompt it."""
+"""Build tiny random DiTs and SiTs, loaded and prompted by the pack's own nodes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ TINY: dict[str, Any] = {"depth": 3, "width": 128, "heads": 2, "patch_size": 2, "
 
 
 def tiny(seed: int = 0, **changes: Any) -> Any:
-    """The pack's network with seeded weights."""
+    """Build the pack's network with seeded weights."""
     host_inprocess.load_pack()
     from fovea_attention.attention.dit import DiT
 
     network = DiT(**{**TINY, **changes}, dtype=torch.float32, device="cpu")
     randomise(network, seed)
-    network.y_embedder.embedding_table.weight.mul_(8)  # a class that shows in the picture
+    network.y_embedder.embedding_table.weight.mul_(8)  # a class that shows in the image
     return network.eval()
 
 
 @dataclass(frozen=True)
 class ClassFamily:
-    """Loaded as ``DiTLoader`` does and prompted by ``DiTClassLabel``; otherwise a ``families.Family``."""
+    """A family loaded as ``DiTLoader`` does and prompted by ``DiTClassLabel``; otherwise a ``families.Family``."""
 
     name: str
     prediction: str
@@ -40,7 +40,7 @@ class ClassFamily:
 
     def build(self) -> Any:
         network = tiny()
-        from fovea_attention.attention.dit_host import load_dit
+        from fovea_attention.attention.dit import load_dit
 
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"{self.name}.safetensors"
@@ -48,7 +48,7 @@ class ClassFamily:
             return load_dit(str(file), self.prediction)
 
     def conds(self, seed: int = 1) -> Conditioning:
-        """A class from seed 1, the null class from any other."""
+        """Return a class for seed 1, the null class for any other."""
         return host_inprocess.pack_nodes()["DiTClassLabel"].execute("207: golden retriever")[0 if seed == 1 else 1]
 
     def latent(self, batch: int = 1, size: tuple[int, int] | None = None) -> torch.Tensor:

@@ -22,7 +22,7 @@ import torch
 try:
     from comfy.nested_tensor import NestedTensor
 except ImportError:
-    pass  # an older host has no such latents
+    pass  # an older release has no such latents
 
 Conditioning = list[list[Any]]
 Extras = Callable[[torch.Generator], dict[str, Any]]
@@ -36,17 +36,17 @@ class Family:
 
     Attributes:
         config: name of its class in ``comfy.supported_models``.
-        network: module of the network, under ``comfy.ldm``; a host without it does not know the family.
+        network: module of the network, under ``comfy.ldm``; a release without it does not know the family.
         unet: what the network is built from.
-        channels: of the latent; ``size`` is its height and width, ``frames`` its length for video networks (0: a picture).
+        channels: of the latent; ``size`` is its height and width, ``frames`` its length for video networks (0: an image).
         width, tokens: of the text features.
         extras: what else its conditioning carries.
         model_type: where the config would read it from a checkpoint's keys.
-        optional: settings that only some hosts' networks know.
+        optional: settings that only some releases' networks know.
         weights: what the config reads from a checkpoint while it makes the model.
         audio: shape of a second latent (channels, ...) that is sampled together with the first.
         has_prompt: its text features come from words.
-        start: spread of the latent that it starts from, where that is a picture and not noise.
+        start: spread of the latent that it starts from, where that is an image and not noise.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Family:
     extras: Extras = lambda generator: {}
     model_type: str | None = None
     optional: dict[str, Any] = field(default_factory=dict)
-    parameters: str = ""  # the class whose fields say which of `optional` this host knows
+    parameters: str = ""  # the class whose fields say which of `optional` this ComfyUI knows
     weights: Callable[[], dict[str, torch.Tensor]] = dict
     audio: tuple[int, ...] = ()
     has_prompt: bool = True
@@ -69,7 +69,7 @@ class Family:
 
     @property
     def available(self) -> bool:
-        """Whether the host under test has this family."""
+        """Whether the ComfyUI under test has this family."""
         try:
             import_module(f"comfy.ldm.{self.network}")
         except ImportError:
@@ -94,8 +94,8 @@ class Family:
 
     def latent(self, batch: int = 1, size: tuple[int, int] | None = None) -> Any:
         frames = (self.frames,) if self.frames else ()
-        picture = torch.zeros(batch, self.channels, *frames, *(size or self.size))
-        return NestedTensor((picture, torch.zeros(batch, *self.audio))) if self.audio else picture
+        image = torch.zeros(batch, self.channels, *frames, *(size or self.size))
+        return NestedTensor((image, torch.zeros(batch, *self.audio))) if self.audio else image
 
     def _known_options(self) -> dict[str, Any]:
         if not self.optional:
@@ -120,7 +120,7 @@ def sample(
     seed: int = 3,
     **options: Any,
 ) -> torch.Tensor:
-    """What the KSampler node does, under the executor's inference mode."""
+    """Sample as the KSampler node does, under the executor's inference mode."""
     start = family.latent() if latent_image is None else latent_image
     if noise is None:
         noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed))
@@ -132,7 +132,7 @@ def sample(
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Seeded weights that keep activations near one: norms one, matrices by fan-in, everything else small."""
+    """Fill in seeded weights that keep activations near one: norms one, matrices by fan-in, everything else small."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         norm = "norm" in type(module).__name__.lower()

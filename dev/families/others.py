@@ -1,4 +1,4 @@
-"""The rest of the host's list: variants with a network or conditioning of their own, and networks the pack does not know."""
+"""The rest of ComfyUI's list: variants with a network or conditioning of their own, and networks the pack does not know."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ _MOCHI: dict[str, Any] = {
     "num_heads": 4,
     "hidden_size_x": 128,
     "hidden_size_y": 64,
-    "mlp_ratio_x": 96.0,  # the host insists on 12288 channels there
+    "mlp_ratio_x": 96.0,  # ComfyUI insists on 12288 channels there
     "mlp_ratio_y": 2.0,
     "learn_sigma": False,
     "in_channels": 12,

@@ -71,7 +71,7 @@ def hunyuan_video15_extras(generator: torch.Generator) -> dict[str, Any]:
 
 
 def _token_count(generator: torch.Generator) -> dict[str, Any]:
-    """These networks read the number of tokens from a mask; one with zeros fails in 0.3.75's sub-quadratic attention."""
+    """Return a mask: these networks read the number of tokens from it. Zeros fail in 0.3.75's sub-quadratic attention."""
     return {"attention_mask": torch.ones(1, 20, dtype=torch.long)}
 
 _ALL = [

@@ -1,6 +1,6 @@
 """The VAE in TAESD's layout: an encoder that is an exact area average, and where the enlarging decoder starts from.
 
-The host's own TAESD class is used (start the host first); 32 x 32 latents of RGB in -1..1 stand for 256 x 256 pictures.
+ComfyUI's own TAESD class is used (start ComfyUI first); 32 x 32 latents of RGB in -1..1 stand for 256 x 256 images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _bias(convolution: nn.Conv2d) -> torch.Tensor:
 
 @torch.no_grad()
 def _write_encoder(encoder: nn.Sequential) -> None:
-    """Exact 8x area average of 0..1 pixels, mapped to -1..1.
+    """Write the exact 8x area average of 0..1 pixels, mapped to -1..1.
 
     The colours travel in the first three channels; residual blocks add nothing, and their ReLU leaves 0..1 alone. A
     stride-2 convolution with padding 1 sees rows 2i-1..2i+1, so taps 1 and 2 hold the mean of one 2 x 2 square.
@@ -44,7 +44,7 @@ def _write_encoder(encoder: nn.Sequential) -> None:
 
 @torch.no_grad()
 def _write_decoder(decoder: nn.Sequential) -> None:
-    """Smooth enlargement: colours in the first three channels, a tent after each doubling, nothing from the blocks.
+    """Write smooth enlargement: colours in the first three channels, a tent after each doubling, nothing from the blocks.
 
     The other channels start random and unread: free for training.
     """
@@ -67,7 +67,7 @@ def _write_decoder(decoder: nn.Sequential) -> None:
 
 
 def make_autoencoder() -> TAESD:
-    """The host's TAESD with analytic weights."""
+    """Build ComfyUI's TAESD with analytic weights."""
     autoencoder = TAESD(latent_channels=layout.LATENT_CHANNELS)
     _write_encoder(autoencoder.taesd_encoder)
     _write_decoder(autoencoder.taesd_decoder)
@@ -75,7 +75,7 @@ def make_autoencoder() -> TAESD:
 
 
 def idle_blocks(decoder: nn.Sequential) -> list[int]:
-    """Positions of the blocks training leaves out: all but the first after each doubling, and the last one.
+    """List the blocks that training leaves out: all but the first after each doubling, and the last one.
 
     Two thirds of the decoder's arithmetic are in them, little of what drawn shapes need.
     """
@@ -85,5 +85,5 @@ def idle_blocks(decoder: nn.Sequential) -> list[int]:
 
 
 def area_average(images: Tensor) -> Tensor:
-    """Pictures [B, 3, 8H, 8W] in 0..1 -> latents [B, 3, H, W] in -1..1, as the encoder does."""
+    """Reduce images [B, 3, 8H, 8W] in 0..1 to latents [B, 3, H, W] in -1..1, as the encoder does."""
     return nn.functional.avg_pool2d(images, layout.DOWNSCALE) * 2 - 1

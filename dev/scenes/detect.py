@@ -1,6 +1,6 @@
-"""Find a drawn object in a picture by colour and shape: no learning, no chance.
+"""Find a drawn object in an image by colour and shape: no learning, no chance.
 
-Pictures of any multiple of 32 pixels are reduced to 32 x 32 by area first. Made for plain scenes (any ground or pattern),
+Images of any multiple of 32 pixels are reduced to 32 x 32 by area first. Made for plain scenes (any ground or pattern),
 not for the neon, pastel and sketch styles.
 """
 
@@ -32,7 +32,7 @@ class Finding:
 
     @property
     def box(self) -> tuple[float, float, float, float] | None:
-        """Left, top, right, bottom in fractions of the picture."""
+        """Left, top, right, bottom in fractions of the image."""
         if not self.present:
             return None
         rows, columns = self.mask.nonzero().unbind(1)
@@ -47,18 +47,18 @@ def _palette() -> Tensor:
 
 
 def reduce(image: Tensor) -> Tensor:
-    """[H, W, 3] -> [32, 32, 3] by area average."""
+    """Reduce [H, W, 3] to [32, 32, 3] by area average."""
     return nn.functional.adaptive_avg_pool2d(image.float().movedim(-1, 0), GRID).movedim(0, -1)
 
 
 def colour_mask(image: Tensor, colour: str) -> Tensor:
-    """Pixels [32, 32] of a reduced picture that are nearer to ``colour`` than to any other colour or ground."""
+    """Mark the pixels [32, 32] of a reduced image that are nearer to ``colour`` than to any other colour or ground."""
     distance = (image[..., None, :] - _palette()).square().sum(-1)
     return (distance.argmin(-1) == list(draw.COLOURS).index(colour)) & (distance.amin(-1) < _COLOUR_DISTANCE)
 
 
 def components(mask: Tensor) -> list[Tensor]:
-    """8-connected parts of a mask, largest first."""
+    """Split a mask into its 8-connected parts, largest first."""
     labels = torch.where(mask, torch.arange(1, mask.numel() + 1).view_as(mask), 0).float()
     while True:
         spread = nn.functional.max_pool2d(labels[None], 3, 1, 1)[0] * mask
@@ -73,10 +73,10 @@ def _grow(mask: Tensor, pixels: int) -> Tensor:
 
 
 def coverage(image: Tensor, part: Tensor) -> Tensor:
-    """How far each pixel [32, 32] is covered by the object whose pixels are ``part``: 0..1, with soft edges."""
+    """Return how far the object whose pixels are ``part`` covers each pixel [32, 32]: 0..1, with soft edges."""
     near = _grow(part, 1)
     beside = _grow(part, 2) & ~near
-    if not beside.any():  # it fills the picture
+    if not beside.any():  # it fills the image
         return part.float()
     inside, around = image[part].median(0).values, image[beside].median(0).values
     axis = inside - around
@@ -86,7 +86,7 @@ def coverage(image: Tensor, part: Tensor) -> Tensor:
 def _best_place(
     shape: str, cover: Tensor, centre: tuple[float, float], radius: float, reach: float, spread: float
 ) -> tuple[float, tuple[float, float], float]:
-    """Overlap, centre and radius of the best drawing of ``shape``, tried up to ``reach`` pixels and ``spread`` off."""
+    """Find overlap, centre and radius of the best drawing of ``shape``, up to ``reach`` pixels and ``spread`` off."""
     y, x = torch.meshgrid(*(torch.arange(side) + 0.5 for side in cover.shape), indexing="ij")
     shifts, sizes = torch.linspace(-reach, reach, 5), radius * torch.linspace(1 - spread, 1 + spread, 5)
     scale = sizes[:, None, None, None, None]
@@ -100,7 +100,7 @@ def _best_place(
 
 
 def overlaps(image: Tensor, mask: Tensor) -> dict[str, float]:
-    """Best intersection over union of the object at ``mask`` with each shape, over places and sizes around its own."""
+    """Return the best intersection over union of the object at ``mask`` with each shape, over places and sizes around its own."""
     rows, columns = mask.nonzero().unbind(1)
     top, left, bottom, right = int(rows.min()), int(columns.min()), int(rows.max()) + 1, int(columns.max()) + 1
     margin = 3
@@ -114,7 +114,7 @@ def overlaps(image: Tensor, mask: Tensor) -> dict[str, float]:
 
 
 def find(image: Tensor, colour: str, shape: str) -> Finding:
-    """Look for a ``colour`` ``shape`` in a picture [H, W, 3] of 0..1. Of two areas of that colour the better counts."""
+    """Look for a ``colour`` ``shape`` in an image [H, W, 3] of 0..1. Of two areas of that colour the better counts."""
     best = Finding(False, False, 0.0, None, torch.zeros(GRID, GRID, dtype=torch.bool))
     image = reduce(image)
     for part in components(colour_mask(image, colour))[:2]:

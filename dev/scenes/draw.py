@@ -1,6 +1,6 @@
-"""Procedural captioned scenes: coloured shapes on plain or patterned grounds, in a few global styles.
+"""Draw procedural captioned scenes: coloured shapes on plain or patterned grounds, in a few global styles.
 
-A scene is described in world units (the picture is 32 x 32 of them) and rendered from signed distances, so the same
+A scene is described in world units (the image is 32 x 32 of them) and rendered from signed distances, so the same
 scene can be drawn at 32 pixels for the diffusion model and at 256 pixels for the decoder.
 """
 
@@ -61,7 +61,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that decides a picture, and the caption that describes it."""
+    """Everything that decides an image, and the caption that describes it."""
 
     items: tuple[Item, ...]
     ground: str
@@ -75,7 +75,7 @@ class Scene:
 
 
 def _positions(rng: random.Random, radii: Sequence[float]) -> list[tuple[float, float]]:
-    """Centres whose bounding squares keep one unit apart, or a fixed row when chance does not find them."""
+    """Draw centres whose bounding squares keep one unit apart, or use a fixed row when chance does not find them."""
     for _ in range(60):
         centres = [(rng.uniform(r + 0.5, WORLD - 0.5 - r), rng.uniform(r + 0.5, WORLD - 0.5 - r)) for r in radii]
         if all(
@@ -127,14 +127,14 @@ def sample(rng: random.Random, *, objects: int | None = None, style: str | None 
 
 
 def class_parts(index: int) -> tuple[str, str, str]:
-    """Look, colour and shape of class ``index`` of ``CLASSES``."""
+    """Return the look, colour and shape of class ``index`` of ``CLASSES``."""
     look, rest = divmod(index, len(COLOURS) * len(SHAPES))
     colour, shape = divmod(rest, len(SHAPES))
     return LOOKS[look], list(COLOURS)[colour], SHAPES[shape]
 
 
 def sample_class(rng: random.Random) -> tuple[int, Scene]:
-    """A class and a scene of it. Plain ones come as often as all other looks together."""
+    """Draw a class and a scene of it. Plain ones come as often as all other looks together."""
     per_look = len(COLOURS) * len(SHAPES)
     look = rng.randrange(1, len(LOOKS)) if rng.random() < 0.5 else 0
     index = look * per_look + rng.randrange(per_look)
@@ -148,7 +148,7 @@ def sample_class(rng: random.Random) -> tuple[int, Scene]:
 
 
 def _wheel(count: int, radii: Sequence[float], down: float) -> list[tuple[float, float]]:
-    """Corners on a circle, starting at the top, with alternating radii, moved down by ``down``."""
+    """Place corners on a circle, starting at the top, with alternating radii, moved down by ``down``."""
     angles = [-math.pi / 2 + 2 * math.pi * i / count for i in range(count)]
     return [(radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a) + down) for i, a in enumerate(angles)]
 
@@ -158,7 +158,7 @@ _CROSS_ARM = 0.34
 
 
 def _polygon_distance(x: Tensor, y: Tensor, corners: list[tuple[float, float]]) -> Tensor:
-    """Signed distance to a polygon: nearest edge, sign by crossing parity."""
+    """Compute the signed distance to a polygon: nearest edge, sign by crossing parity."""
     squared = torch.full_like(x, math.inf)
     inside = torch.zeros_like(x, dtype=torch.bool)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
@@ -173,7 +173,7 @@ def _polygon_distance(x: Tensor, y: Tensor, corners: list[tuple[float, float]]) 
 
 
 def shape_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance of points to a shape of unit size at the origin (negative inside)."""
+    """Compute the signed distance of points to a shape of unit size at the origin (negative inside)."""
     if shape in _CORNERS:
         return _polygon_distance(x, y, _CORNERS[shape])
     if shape == "circle":
@@ -192,7 +192,7 @@ def shape_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _cover(distance: Tensor, scale: float) -> Tensor:
-    """Anti-aliased coverage 0..1 of a signed distance in world units; ``scale`` = pixels per unit."""
+    """Turn a signed distance in world units into anti-aliased coverage 0..1; ``scale`` = pixels per unit."""
     return (0.5 - distance * scale).clamp_(0, 1)
 
 
@@ -206,7 +206,7 @@ def _pattern_cover(pattern: str, x: Tensor, y: Tensor, scale: float) -> Tensor:
 
 
 def _grounds(scenes: Sequence[Scene], x: Tensor, y: Tensor, scale: float) -> Tensor:
-    """Backgrounds [B, 3, size, size] of scenes; ``x``, ``y`` are world coordinates [B, size, size]."""
+    """Draw the backgrounds [B, 3, size, size] of scenes; ``x``, ``y`` are world coordinates [B, size, size]."""
 
     def colour(scene: Scene) -> tuple[float, ...]:
         if scene.style == "pastel":
@@ -225,7 +225,7 @@ def _grounds(scenes: Sequence[Scene], x: Tensor, y: Tensor, scale: float) -> Ten
 
 
 def _distances(scenes: Sequence[Scene], x: Tensor, y: Tensor) -> Tensor:
-    """Signed distances in world units [B, MAX_ITEMS, size, size]; far away where a scene has fewer items."""
+    """Compute signed distances in world units [B, MAX_ITEMS, size, size]; far away where a scene has fewer items."""
     distance = torch.full((len(scenes), MAX_ITEMS, *x.shape[1:]), WORLD)
     for shape in SHAPES:
         found = [(i, k, item) for i, scene in enumerate(scenes) for k, item in enumerate(scene.items) if item.shape == shape]
@@ -238,7 +238,7 @@ def _distances(scenes: Sequence[Scene], x: Tensor, y: Tensor) -> Tensor:
 
 
 def _paint(image: Tensor, distance: Tensor, colour: Tensor, style: str | None, scale: float) -> Tensor:
-    """One object per picture over ``image`` [B, 3, size, size]; ``distance`` [B, 1, size, size], ``colour`` [B, 3, 1, 1]."""
+    """Paint one object over each ``image`` [B, 3, size, size]; ``distance`` [B, 1, size, size], ``colour`` [B, 3, 1, 1]."""
     if style == "neon":
         line = (distance + 0.4).abs()  # a glowing tube just inside the outline
         glow = 0.6 * torch.exp(-(line - 0.6).clamp(min=0) / 1.2)

@@ -1,8 +1,8 @@
-"""Measure the embedded model: do the pictures show what the prompts name, in the right colours and shapes?
+"""Measure the embedded model: do the images show what the prompts name, in the right colours and shapes?
 
     python dev eval [--prompts N] [--objects 1|2|3] [--steps N] [--cfg X] [--seed N] [--json FILE] [--sheet FILE]
 
-Pictures come from the host's own nodes and are judged by ``detect``. The pieces are functions so that other measurements
+Images come from ComfyUI's own nodes and are judged by ``detect``. The pieces are functions so that other measurements
 can use the same prompts, noise and judge with a patched model.
 """
 
@@ -39,12 +39,12 @@ class Prompt:
     items: tuple[tuple[str, str], ...]
 
     def token(self, item: int, word: str) -> int:
-        """Position of an item's ``"colour"`` or ``"shape"`` word among the 77 tokens: start, then a-colour-shape-and."""
+        """Return where an item's ``"colour"`` or ``"shape"`` word is among the 77 tokens: start, then a-colour-shape-and."""
         return 4 * item + {"colour": 2, "shape": 3}[word]
 
 
 def prompts(count: int, objects: int = 2, seed: int = 7) -> list[Prompt]:
-    """``count`` prompts "a C S and a C S", colours and shapes different within each."""
+    """Draw ``count`` prompts "a C S and a C S", colours and shapes different within each."""
     rng = random.Random(seed)
     chosen = []
     for _ in range(count):
@@ -53,16 +53,16 @@ def prompts(count: int, objects: int = 2, seed: int = 7) -> list[Prompt]:
     return chosen
 
 
-# -------------------------------------------------------------------------------------- the host's nodes
+# -------------------------------------------------------------------------------------- ComfyUI's nodes
 
 
 def sampling_node(name: str, **inputs: Any) -> Any:
-    """First output of a core node of custom sampling."""
+    """Return the first output of a core node of custom sampling."""
     return host_node(name, "comfy_extras.nodes_custom_sampler")(**inputs)[0]
 
 
 def load(checkpoint: Path = CHECKPOINT) -> tuple[Any, Any, Any]:
-    """MODEL, CLIP and VAE of the embedded model through CheckpointLoaderSimple."""
+    """Load MODEL, CLIP and VAE of the embedded model through CheckpointLoaderSimple."""
     import folder_paths
 
     register_demo_model()
@@ -70,9 +70,9 @@ def load(checkpoint: Path = CHECKPOINT) -> tuple[Any, Any, Any]:
     return host_node("CheckpointLoaderSimple")(ckpt_name=checkpoint.name)[:3]
 
 
-@torch.inference_mode()  # as the host runs its nodes
+@torch.inference_mode()  # as ComfyUI runs its nodes
 def encode(clip: Any, texts: Sequence[str]) -> list:
-    """One conditioning that holds the encodings of ``texts`` as a batch."""
+    """Encode ``texts`` as a batch in one conditioning."""
     encoded = [host_node("CLIPTextEncode")(clip=clip, text=text)[0][0] for text in texts]
     return [[torch.cat([tokens for tokens, _ in encoded]), encoded[0][1]]]
 
@@ -91,8 +91,8 @@ def generate(
     sampler: str = "euler",
     scheduler: str = "normal",
 ) -> Tensor:
-    """Pictures [N, 256, 256, 3] in 0..1. Prompt number i always gets noise number i of ``seed``, whatever the batch size."""
-    negative, pictures = encode(clip, [""]), []
+    """Generate images [N, 256, 256, 3] in 0..1. Prompt i always gets noise i of ``seed``, whatever the batch size."""
+    negative, images = encode(clip, [""]), []
     for start in range(0, len(chosen), batch):
         part = chosen[start : start + batch]
         latent = host_node("EmptyLatentImage")(width=SIDE, height=SIDE, batch_size=len(part))[0]
@@ -110,40 +110,40 @@ def generate(
             denoise=1.0,
         )[0]
         for some in sampled["samples"].split(4):  # a whole batch at full size would take gigabytes
-            pictures.append(host_node("VAEDecode")(vae=vae, samples={"samples": some})[0].float().cpu().clamp(0, 1))
-    return torch.cat(pictures)
+            images.append(host_node("VAEDecode")(vae=vae, samples={"samples": some})[0].float().cpu().clamp(0, 1))
+    return torch.cat(images)
 
 
 # ----------------------------------------------------------------------------------------------- judging
 
 
-def score(pictures: Tensor, chosen: Sequence[Prompt]) -> list[list[detect.Finding]]:
-    """For every picture, what was found of each object its prompt names."""
+def score(images: Tensor, chosen: Sequence[Prompt]) -> list[list[detect.Finding]]:
+    """Return, for every image, what was found of each object its prompt names."""
     return [
-        [detect.find(picture, colour, shape) for colour, shape in prompt.items]
-        for picture, prompt in zip(pictures, chosen, strict=True)
+        [detect.find(image, colour, shape) for colour, shape in prompt.items]
+        for image, prompt in zip(images, chosen, strict=True)
     ]
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
-    """95 % confidence interval of a share."""
+    """Return the 95 % confidence interval of a share."""
     z, share = 1.959964, hits / count
     centre, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, (centre - spread) / (1 + z * z / count)), min(1.0, (centre + spread) / (1 + z * z / count))
 
 
 def share(hits: Sequence[bool]) -> dict[str, Any]:
-    """A share with its count and interval."""
+    """Return a share with its count and interval."""
     low, high = wilson(sum(hits), len(hits))
     return {"share": sum(hits) / len(hits), "low": low, "high": high, "hits": sum(hits), "count": len(hits)}
 
 
 def summary(findings: Sequence[Sequence[detect.Finding]]) -> dict[str, dict[str, Any]]:
-    """Shares over pictures and over objects."""
-    objects = [finding for picture in findings for finding in picture]
+    """Return the shares over images and over objects."""
+    objects = [finding for image in findings for finding in image]
     return {
-        "pictures with every object right": share([all(f.right for f in picture) for picture in findings]),
-        "pictures with every colour present": share([all(f.present for f in picture) for picture in findings]),
+        "pictures with every object right": share([all(f.right for f in image) for image in findings]),
+        "pictures with every colour present": share([all(f.present for f in image) for image in findings]),
         "objects right": share([f.right for f in objects]),
         "objects with their colour present": share([f.present for f in objects]),
     }
@@ -177,18 +177,18 @@ class WordMaps:
         return (weights @ v).transpose(1, 2).flatten(2)
 
     def maps(self) -> Tensor:
-        """[B, 16 * 16, 77]"""
+        """Return the maps [B, 16 * 16, 77]."""
         if self.total is None:
             raise RuntimeError("nothing was sampled yet")
         return self.total / self.calls
 
 
 def pointing(model: Any, clip: Any, vae: Any, chosen: Sequence[Prompt], **sampling: Any) -> dict[str, dict[str, Any]]:
-    """How often a word's map peaks inside its object, for colour words and shape words, over objects that are right."""
+    """Count how often a word's map peaks inside its object, for colour words and shape words, over objects that are right."""
     hits: dict[str, list[bool]] = {"colour": [], "shape": []}
     maps = WordMaps(model)
-    pictures = generate(maps.model, clip, vae, chosen, batch=len(chosen), **sampling)
-    for word_maps, prompt, findings in zip(maps.maps(), chosen, score(pictures, chosen), strict=True):
+    images = generate(maps.model, clip, vae, chosen, batch=len(chosen), **sampling)
+    for word_maps, prompt, findings in zip(maps.maps(), chosen, score(images, chosen), strict=True):
         for i, finding in enumerate(findings):
             if finding.right:
                 inside = torch.nn.functional.max_pool2d(finding.mask[None].float(), 2).flatten() > 0
@@ -201,7 +201,7 @@ def pointing(model: Any, clip: Any, vae: Any, chosen: Sequence[Prompt], **sampli
 
 
 def seconds_per_picture(model: Any, clip: Any, vae: Any, prompt: Prompt, repeats: int = 5, **sampling: Any) -> float:
-    """Median wall time of one picture alone, from prompt to pixels, after one that is not counted."""
+    """Return the median wall time of one image alone, from prompt to pixels, after one that is not counted."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -222,11 +222,11 @@ def write_json(path: Path, figures: dict[str, Any]) -> None:
     path.write_text(json.dumps(figures, indent=1))
 
 
-def sheet(pictures: Tensor, path: Path, columns: int = 8, side: int = 128) -> None:
+def sheet(images: Tensor, path: Path, columns: int = 8, side: int = 128) -> None:
     """Save a contact sheet; the order is that of the prompts, row by row."""
     from PIL import Image
 
-    small = torch.nn.functional.adaptive_avg_pool2d(pictures.movedim(-1, 1), side)
+    small = torch.nn.functional.adaptive_avg_pool2d(images.movedim(-1, 1), side)
     small = torch.nn.functional.pad(small, (2, 2, 2, 2), value=1.0)
     blank = small.new_ones(-len(small) % columns, *small.shape[1:])
     grid = torch.cat([small, blank]).unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
@@ -235,7 +235,7 @@ def sheet(pictures: Tensor, path: Path, columns: int = 8, side: int = 128) -> No
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of ``python dev eval``."""
+    """Run ``python dev eval``."""
     parser = argparse.ArgumentParser(prog="python dev eval", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--prompts", type=int, default=128)
@@ -255,10 +255,10 @@ def main(argv: list[str] | None = None) -> None:
     model, clip, vae = load(args.checkpoint.resolve())
     sampling = {"steps": args.steps, "cfg": args.cfg, "seed": args.seed}
     chosen = prompts(args.prompts, args.objects)
-    pictures = generate(model, clip, vae, chosen, batch=args.batch, **sampling)
+    images = generate(model, clip, vae, chosen, batch=args.batch, **sampling)
     if args.sheet:
-        sheet(pictures, args.sheet)
-    findings = score(pictures, chosen)
+        sheet(images, args.sheet)
+    findings = score(images, chosen)
     figures = summary(findings)
     print(f"{args.prompts} prompts of {args.objects}, {args.steps} steps, cfg {args.cfg:g}, seed {args.seed}")
     show(figures)
@@ -267,14 +267,14 @@ def main(argv: list[str] | None = None) -> None:
         show(peaks)
         figures |= peaks
     seconds = seconds_per_picture(model, clip, vae, chosen[0], **sampling)
-    print(f"  seconds per picture (batch 1): {seconds:.2f}", flush=True)
+    print(f"  seconds per image (batch 1): {seconds:.2f}", flush=True)
     if args.json:
-        pictures_found = [
+        images_found = [
             {"prompt": prompt.text, "objects": [{"present": f.present, "right": f.right, "overlap": f.overlap} for f in found]}
             for prompt, found in zip(chosen, findings, strict=True)
         ]
         report = {**sampling, "objects": args.objects, "figures": figures, "seconds_per_picture": seconds}
-        write_json(args.json, {**report, "pictures": pictures_found})
+        write_json(args.json, {**report, "pictures": images_found})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Does Attention Distillation bring a reference's style into a picture, and does it keep the content of one?
+"""Measure whether Attention Distillation brings a reference's style into an image, and keeps the content of one.
 
     python dev eval distill [--pictures N] [--parts style transfer] [--steps N] [--transfer-steps N] [--cfg X] [--seed N]
                             [--only ROW ...] [--checkpoint FILE] [--sheet FILE] [--json FILE]
 
 References are drawn, not sampled: patterned grounds, and the styles the model knows. They reach the node through VAEEncode.
 
-``style``: the prompt names two objects and nothing of the style. How far is each picture from its reference (``scenes.style``)
-in a plain run, with the reference's keys and values in place of the picture's own in the same layers and at the same sigma
+``style``: the prompt names two objects and nothing of the style. How far is each image from its reference (``scenes.style``)
+in a plain run, with the reference's keys and values in place of the image's own in the same layers and at the same sigma
 (K/V injection), and with Attention Distillation? ``transfer``: a drawn scene is the content; how many of its objects does
 ``detect`` still find right? Some rows start from the content as image to image does, with its caption as prompt. All rows of a
 part have the same prompts or contents, references and noise.
@@ -31,7 +31,7 @@ from scenes.evaluate import Prompt, sampling_node
 from scenes.style import Distance, Style, distance, style
 
 GROUPS = (*draw.PATTERNS, *draw.STYLES)
-PER_REFERENCE = 4  # pictures that share a reference, and a batch
+PER_REFERENCE = 4  # images that share a reference, and a batch
 
 # Inputs of AttentionDistillSampler. Published: 3 iterations of 0.015 after every step, AdaIN, the last layers. Adam's steps that
 # are too small to matter leave what AdaIN does by itself.
@@ -57,43 +57,43 @@ TRANSFERRED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Reference:
-    """A drawn scene, its picture [256, 256, 3] and its statistics."""
+    """A drawn scene, its image [256, 256, 3] and its statistics."""
 
     group: str
     scene: draw.Scene
-    picture: Tensor
+    image: Tensor
     style: Style
 
 
 def drawn(scene: draw.Scene) -> Tensor:
-    """[256, 256, 3]"""
+    """Draw a scene [256, 256, 3]."""
     return draw.render([scene], evaluate.SIDE)[0][0].movedim(0, -1)
 
 
 def draw_reference(group: str, rng: random.Random) -> Reference:
-    """A scene of two objects in a style, or on a patterned ground."""
+    """Draw a scene of two objects in a style, or on a patterned ground."""
     scene = draw.sample(rng, objects=2, style=group if group in draw.STYLES else None, pattern=False)
     if group in draw.PATTERNS:
         scene = replace(scene, pattern=group)
-    picture = drawn(scene)
-    return Reference(group, scene, picture, style(picture))
+    image = drawn(scene)
+    return Reference(group, scene, image, style(image))
 
 
 def draw_references(count: int, groups: Sequence[str] = GROUPS, seed: int = 3) -> list[Reference]:
-    """The groups in turn."""
+    """Draw references from the groups in turn."""
     rng = random.Random(seed)
     return [draw_reference(groups[i % len(groups)], rng) for i in range(count)]
 
 
 def another_in_the_style(reference: Reference, number: int) -> Tensor:
-    """A drawing with other objects: as near as a good picture in the style can be expected to come."""
+    """Draw other objects in the style: as near as a good image in the style can be expected to come."""
     rng = random.Random(1000 + number)
     items = draw.sample(rng, objects=2, style=reference.scene.style, pattern=False).items
     return drawn(replace(reference.scene, items=items, shift=(rng.uniform(0, 8), rng.uniform(0, 8))))
 
 
 def draw_contents(count: int, seed: int = 4) -> tuple[Tensor, list[Prompt]]:
-    """Drawn scenes of two objects on plain grounds [N, 256, 256, 3], and what is in them."""
+    """Draw scenes of two objects on plain grounds [N, 256, 256, 3]; returns them and what is in them."""
     rng = random.Random(seed)
     scenes = [draw.sample(rng, objects=2, style=None, pattern=False) for _ in range(count)]
     return torch.stack([drawn(scene) for scene in scenes]), [
@@ -105,7 +105,7 @@ def draw_contents(count: int, seed: int = 4) -> tuple[Tensor, list[Prompt]]:
 
 
 class KeyValueInjection:
-    """The picture attends to a reference's keys and values instead of its own, in some self-attentions and at every sigma.
+    """Lets the image attend to a reference's keys and values instead of its own, in some self-attentions at every sigma.
 
     Attributes:
         model: a clone that does so.
@@ -160,7 +160,7 @@ class Setup:
     def run(
         self, model: Any, texts: Sequence[str], start: int, steps: int, cfg: float | None = None, denoise: float = 1.0
     ) -> dict[str, Any]:
-        """Inputs of SamplerCustomAdvanced for pictures number ``start`` and on."""
+        """Return the inputs of SamplerCustomAdvanced for images number ``start`` and on."""
         latent = host_node("EmptyLatentImage")(width=evaluate.SIDE, height=evaluate.SIDE, batch_size=len(texts))[0]
         latent["batch_index"] = list(range(start, start + len(texts)))
         prompts = {"positive": evaluate.encode(self.clip, texts), "negative": evaluate.encode(self.clip, [""])}
@@ -172,13 +172,13 @@ class Setup:
             "latent_image": latent,
         }
 
-    def encoded(self, pictures: Tensor) -> dict[str, Any]:
-        return host_node("VAEEncode")(vae=self.vae, pixels=pictures)[0]
+    def encoded(self, images: Tensor) -> dict[str, Any]:
+        return host_node("VAEEncode")(vae=self.vae, pixels=images)[0]
 
     @torch.inference_mode()
     def styled(self, row: str, reference: Reference, texts: Sequence[str], start: int) -> Tensor:
-        """Pictures [N, 256, 256, 3] of one row of the first part."""
-        model, inputs = self.model, {"reference": self.encoded(reference.picture[None])}
+        """Generate images [N, 256, 256, 3] of one row of the first part."""
+        model, inputs = self.model, {"reference": self.encoded(reference.image[None])}
         null = evaluate.encode(self.clip, [""])
         if row == "K/V injection":
             model = KeyValueInjection(model, inputs["reference"]["samples"], null[0][0], self.layers()).model
@@ -190,21 +190,21 @@ class Setup:
 
     @torch.inference_mode()
     def transferred(self, row: str, reference: Reference, contents: Tensor, texts: Sequence[str], start: int) -> Tensor:
-        """Pictures [N, 256, 256, 3] of one row of the second part."""
-        pictures = {"reference": self.encoded(reference.picture[None]), "content": self.encoded(contents)}
+        """Generate images [N, 256, 256, 3] of one row of the second part."""
+        images = {"reference": self.encoded(reference.image[None]), "content": self.encoded(contents)}
         if row in DENOISE:
             run = self.run(self.model, texts, start, self.steps, GUIDED_CFG, DENOISE[row])
-            run["latent_image"] = {**run["latent_image"], **pictures["content"]}
+            run["latent_image"] = {**run["latent_image"], **images["content"]}
         else:
             run = self.run(self.model, [""] * len(contents), start, self.transfer_steps)
         null = evaluate.encode(self.clip, [""])
         execute = pack_nodes()["AttentionDistillSampler"].execute
-        return self._decoded(execute(**run, **pictures, null_prompt=null, **TRANSFERRED[row]))
+        return self._decoded(execute(**run, **images, null_prompt=null, **TRANSFERRED[row]))
 
     def layers(self) -> list[str]:
-        """The layers that the node compares unless told otherwise."""
+        """Return the layers that the node compares unless told otherwise."""
         load_pack()
-        from fovea_attention.attention.distill_job import distilled_layers
+        from fovea_attention.attention.distill import distilled_layers
 
         return [layer.name for layer in distilled_layers(self.model.model.diffusion_model)]
 
@@ -216,7 +216,7 @@ class Setup:
 
 
 def bootstrap(values: Tensor, statistic: Callable[[Tensor], Tensor], draws: int = 2000) -> dict[str, float]:
-    """A statistic of ``values`` [N, ...] with its 95 % interval over pictures drawn again."""
+    """Return a statistic of ``values`` [N, ...] with its 95 % interval over images drawn again."""
     generator = torch.Generator().manual_seed(0)
     again = torch.stack([
         statistic(values[torch.randint(len(values), (len(values),), generator=generator)]) for _ in range(draws)
@@ -225,13 +225,13 @@ def bootstrap(values: Tensor, statistic: Callable[[Tensor], Tensor], draws: int 
     return {"value": float(statistic(values)), "low": low, "high": high}
 
 
-def distances(pictures: Tensor, chosen: Sequence[Reference]) -> list[Distance]:
-    """Of each picture to its own reference."""
-    return [distance(style(picture), reference.style) for picture, reference in zip(pictures, chosen, strict=True)]
+def distances(images: Tensor, chosen: Sequence[Reference]) -> list[Distance]:
+    """Measure the distance of each image to its own reference."""
+    return [distance(style(image), reference.style) for image, reference in zip(images, chosen, strict=True)]
 
 
 def figures(found: Sequence[Distance], plain: Sequence[Distance]) -> dict[str, Any]:
-    """Means with intervals, the share of the first row's distance that is left, and every picture's own."""
+    """Return means with intervals, the share of the first row's distance that is left, and every image's own."""
     table = torch.tensor([[one.total, one.colours, one.texture, other.total] for one, other in zip(found, plain, strict=True)])
     means = {name: bootstrap(table[:, i], torch.mean) for i, name in enumerate(("distance", "colours", "texture"))}
     left = bootstrap(table, lambda rows: rows[:, 0].mean() / rows[:, 3].mean())
@@ -246,7 +246,7 @@ def say(name: str, row: dict[str, Any]) -> None:
     )
     if share:
         text += f", objects right {share['share']:.3f} ({share['low']:.3f} to {share['high']:.3f})"
-    print(f"{text}, {row['seconds']:.1f} s a picture", flush=True)
+    print(f"{text}, {row['seconds']:.1f} s an image", flush=True)
 
 
 Maker = Callable[[str, Reference, int, int], Tensor]
@@ -255,10 +255,10 @@ Maker = Callable[[str, Reference, int, int], Tensor]
 def measure(
     rows: Sequence[str], make: Maker, chosen: Sequence[Reference], prompts: Sequence[Prompt], *, judged: bool
 ) -> tuple[dict[str, Any], list[Tensor]]:
-    """Figures and pictures of every row; the first is what the others are compared with.
+    """Measure figures and images of every row; the first is what the others are compared with.
 
     Args:
-        make: (row, reference, first picture, pictures) -> pictures.
+        make: (row, reference, first image, images) -> images.
         judged: whether objects are looked for, as ``detect`` cannot in all styles.
     """
     report: dict[str, Any] = {}
@@ -269,15 +269,15 @@ def measure(
         starts = range(0, len(chosen), PER_REFERENCE)
         parts = [make(row, chosen[start], start, len(chosen[start : start + PER_REFERENCE])) for start in starts]
         seconds = (time.perf_counter() - began) / len(chosen)
-        pictures = torch.cat(parts)
-        found = distances(pictures, chosen)
+        images = torch.cat(parts)
+        found = distances(images, chosen)
         plain = plain or found
         report[row] = {**figures(found, plain), "seconds": seconds}
         if judged:
-            objects = [finding.right for picture in evaluate.score(pictures, prompts) for finding in picture]
+            objects = [finding.right for image in evaluate.score(images, prompts) for finding in image]
             report[row]["objects right"] = evaluate.share(objects)
         say(row, report[row])
-        shown.append(pictures)
+        shown.append(images)
     return report, shown
 
 
@@ -301,11 +301,11 @@ def style_part(setup: Setup, count: int, rows: Sequence[str]) -> tuple[dict[str,
             by_group.setdefault(reference.group, []).append(one["colours"] + one["texture"])
         own["groups"] = {group: sum(values) / len(values) for group, values in by_group.items()}
         print(f"    {row:28s} " + "  ".join(f"{group} {value:.3f}" for group, value in own["groups"].items()), flush=True)
-    return report, side_by_side([reference.picture for reference in chosen], shown)
+    return report, side_by_side([reference.image for reference in chosen], shown)
 
 
 def transfer_part(setup: Setup, count: int, rows: Sequence[str]) -> tuple[dict[str, Any], Tensor]:
-    """On patterned references only: what has their style, ``detect`` can judge."""
+    """Measure the second part, on patterned references only: ``detect`` can judge what has their style."""
     chosen = spread(draw_references(-(-count // PER_REFERENCE), draw.PATTERNS), count)
     contents, prompts = draw_contents(count)
 
@@ -314,11 +314,11 @@ def transfer_part(setup: Setup, count: int, rows: Sequence[str]) -> tuple[dict[s
         return own if row == "content as it is" else setup.transferred(row, reference, own, texts, start)
 
     report, shown = measure(["content as it is", *rows], make, chosen, prompts, judged=True)
-    return report, side_by_side([reference.picture for reference in chosen], shown)
+    return report, side_by_side([reference.image for reference in chosen], shown)
 
 
 def side_by_side(references: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
-    """[pictures * (1 + rows), 256, 256, 3]: each reference, then every row's picture of it."""
+    """Arrange [images * (1 + rows), 256, 256, 3]: each reference, then every row's image of it."""
     return torch.stack([torch.stack(list(references)), *rows], dim=1).flatten(0, 1)
 
 
@@ -327,7 +327,7 @@ ROWS = {"style": STYLE_ROWS[1:], "transfer": tuple(TRANSFERRED)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of ``python dev eval distill``."""
+    """Run ``python dev eval distill``."""
     parser = argparse.ArgumentParser(prog="python dev eval distill", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=evaluate.CHECKPOINT)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
@@ -350,15 +350,15 @@ def main(argv: list[str] | None = None) -> None:
     comfy.utils.set_progress_bar_enabled(False)
     sampling = {"steps": args.steps, "transfer_steps": args.transfer_steps, "cfg": args.cfg, "seed": args.seed}
     setup = Setup(*evaluate.load(args.checkpoint.resolve()), **sampling)
-    print(f"{args.pictures} pictures a row, {', '.join(f'{name} {value:g}' for name, value in sampling.items())}")
+    print(f"{args.pictures} images a row, {', '.join(f'{name} {value:g}' for name, value in sampling.items())}")
     report: dict[str, Any] = {**sampling, "layers": setup.layers()}
     for part in args.parts:
         print(f"{part}: distance to the reference (95 % interval)")
         rows = [row for row in ROWS[part] if not args.only or row in args.only]
-        report[part], pictures = PARTS[part](setup, args.pictures, rows)
+        report[part], images = PARTS[part](setup, args.pictures, rows)
         if args.sheet:
             path = args.sheet.with_name(f"{args.sheet.stem}-{part}{args.sheet.suffix}")
-            evaluate.sheet(pictures, path, columns=len(pictures) // args.pictures, side=96)
+            evaluate.sheet(images, path, columns=len(images) // args.pictures, side=96)
     if args.json:
         evaluate.write_json(args.json, report)
 

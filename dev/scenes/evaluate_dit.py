@@ -1,8 +1,8 @@
-"""Does the trained DiT draw the classes it is told? Through the pack's loader, label and sampler nodes.
+"""Measure whether the trained DiT draws the classes it is told, through the pack's loader, label and sampler nodes.
 
     python dev eval dit [--pictures N] [--steps N] [--cfg X] [--seed N] [--only ROW ...] [--sheet FILE] [--json FILE]
 
-The classes are those that ``detect`` can judge: plain ones and patterned ones, in turn. Rows: the host's euler, the paper's
+The classes are those that ``detect`` can judge: plain ones and patterned ones, in turn. Rows: ComfyUI's euler, the paper's
 ddpm with the learned variance, T-GATE's self-attention intervals, and fewer steps at T-GATE's cost.
 """
 
@@ -24,7 +24,7 @@ JUDGED = len(draw.CLASSES) * (1 + len(draw.PATTERNS)) // len(draw.LOOKS)  # the 
 
 
 def load(checkpoint: Path = CHECKPOINT) -> Any:
-    """MODEL of the DiT through the pack's loader."""
+    """Load the DiT's MODEL through the pack's loader."""
     import folder_paths
 
     folder_paths.add_model_folder_path("diffusion_models", str(checkpoint.parent))
@@ -32,7 +32,7 @@ def load(checkpoint: Path = CHECKPOINT) -> Any:
 
 
 def judged_classes(count: int) -> list[int]:
-    """``count`` classes spread over those that can be judged."""
+    """Choose ``count`` classes spread over those that can be judged."""
     stride = next(s for s in range(JUDGED * 5 // 8, JUDGED) if torch.gcd(torch.tensor(s), torch.tensor(JUDGED)) == 1)
     return [i * stride % JUDGED for i in range(count)]
 
@@ -41,11 +41,11 @@ def judged_classes(count: int) -> list[int]:
 def generate(
     model: Any, vae: Any, labels: list[int], *, steps: int, cfg: float, seed: int, sampler: str = "euler", batch: int = 16
 ) -> Tensor:
-    """Pictures [N, 256, 256, 3] in 0..1. Picture number i always gets noise number i of ``seed``."""
+    """Generate images [N, 256, 256, 3] in 0..1. Image number i always gets noise number i of ``seed``."""
     run = evaluate.sampling_node
     chosen = pack_nodes()["DiTSampler"].execute()[0] if sampler == "ddpm" else run("KSamplerSelect", sampler_name=sampler)
     sigmas = run("BasicScheduler", model=model, scheduler="normal", steps=steps, denoise=1.0)
-    pictures = []
+    images = []
     for start in range(0, len(labels), batch):
         part = labels[start : start + batch]
         positive, negative = pack_nodes()["DiTClassLabel"].execute("0", ", ".join(map(str, part))).args[:2]
@@ -55,16 +55,16 @@ def generate(
         noise = run("RandomNoise", noise_seed=seed)
         sampled = run("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=chosen, sigmas=sigmas, latent_image=latent)
         for some in sampled["samples"].split(4):
-            pictures.append(host_node("VAEDecode")(vae=vae, samples={"samples": some})[0].float().cpu().clamp(0, 1))
-    return torch.cat(pictures)
+            images.append(host_node("VAEDecode")(vae=vae, samples={"samples": some})[0].float().cpu().clamp(0, 1))
+    return torch.cat(images)
 
 
-def score(pictures: Tensor, labels: list[int]) -> list[detect.Finding]:
-    return [detect.find(picture, *draw.class_parts(label)[1:]) for picture, label in zip(pictures, labels, strict=True)]
+def score(images: Tensor, labels: list[int]) -> list[detect.Finding]:
+    return [detect.find(image, *draw.class_parts(label)[1:]) for image, label in zip(images, labels, strict=True)]
 
 
 def rows(model: Any, steps: int) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Name -> patched model and what is changed in its sampling."""
+    """Return, by name, each row's patched model and what is changed in its sampling."""
 
     def tgate(**settings: Any) -> Any:
         return pack_nodes()["TGateCache"].execute(model, **settings)[0]
@@ -82,7 +82,7 @@ def rows(model: Any, steps: int) -> dict[str, tuple[Any, dict[str, Any]]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of ``python dev eval dit``."""
+    """Run ``python dev eval dit``."""
     parser = argparse.ArgumentParser(prog="python dev eval dit", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--pictures", type=int, default=168)
@@ -102,22 +102,22 @@ def main(argv: list[str] | None = None) -> None:
     model, vae = load(args.checkpoint.resolve()), evaluate.load()[2]
     labels = judged_classes(args.pictures)
     sampling = {"steps": args.steps, "cfg": args.cfg, "seed": args.seed}
-    print(f"{args.pictures} pictures, {args.steps} steps, cfg {args.cfg:g}, seed {args.seed}")
+    print(f"{args.pictures} images, {args.steps} steps, cfg {args.cfg:g}, seed {args.seed}")
     report: dict[str, Any] = {}
     plain: Tensor | None = None
     for name, (patched, changed) in rows(model, args.steps).items():
         if args.only and not name.startswith(tuple(args.only)):
             continue
         began = time.perf_counter()
-        pictures = generate(patched, vae, labels, **{**sampling, **changed})
+        images = generate(patched, vae, labels, **{**sampling, **changed})
         seconds = (time.perf_counter() - began) / len(labels)
-        right = evaluate.share([finding.right for finding in score(pictures, labels)])
-        plain = pictures if plain is None else plain
-        difference = float((pictures - plain).square().mean().sqrt())
+        right = evaluate.share([finding.right for finding in score(images, labels)])
+        plain = images if plain is None else plain
+        difference = float((images - plain).square().mean().sqrt())
         report[name] = {"right": right, "seconds": seconds, "root mean square difference to the first row": difference}
         print(
             f"  {name:48s} right {right['share']:.3f} ({right['low']:.3f} to {right['high']:.3f})  "
-            f"difference {difference:.3f}  {seconds:.2f} s a picture",
+            f"difference {difference:.3f}  {seconds:.2f} s an image",
             flush=True,
         )
     if args.sheet and plain is not None:

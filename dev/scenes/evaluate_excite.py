@@ -1,9 +1,9 @@
-"""Does Attend-and-Excite put every subject into the picture? Plain and guided runs of the same prompts and noise.
+"""Measure whether Attend-and-Excite puts every subject into the image: plain and guided runs of the same prompts and noise.
 
     python dev eval excite [--prompts N] [--objects 2|3] [--mark WORDS] [--steps N] [--cfg X] [--seed N] [--only NAME ...]
 
 Three objects by default: of two, the model forgets one too seldom to tell methods apart.
-Every run is a real ``SamplerCustomAdvanced``; pictures are judged by ``detect``, whose settings no run knows.
+Every run is a real ``SamplerCustomAdvanced``; images are judged by ``detect``, whose settings no run knows.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ RUNS: dict[str, dict[str, Any] | None] = {
 
 @torch.inference_mode()
 def marked_conditioning(clip: Any, chosen: Sequence[Prompt], mark: str) -> list:
-    """The prompts as one batch. Their words are one token each, so the places of the first prompt's subjects are those of all."""
+    """Encode the prompts as one batch. Their words are one token each, so all subjects are where the first prompt's are."""
     encode = pack_nodes()["FoveaPrompt"].execute
     encoded = [encode(clip, marked_text(prompt, mark))[0][0] for prompt in chosen]
     return [[torch.cat([tokens for tokens, _ in encoded]), encoded[0][1]]]
 
 
 def marked_text(prompt: Prompt, mark: str) -> str:
-    """The caption with its subjects in brackets: their ``shape`` words, ``colour`` words, or ``both`` as a phrase."""
+    """Put the caption's subjects in brackets: their ``shape`` words, ``colour`` words, or ``both`` as a phrase."""
     forms = {"shape": "a {} [{}]", "colour": "a [{}] {}", "both": "a [{} {}]"}
     return " and ".join(forms[mark].format(colour, shape) for colour, shape in prompt.items)
 
@@ -55,11 +55,11 @@ def generate(
     model: Any, clip: Any, vae: Any, chosen: Sequence[Prompt], settings: dict[str, Any] | None, *, steps: int, cfg: float,
     seed: int, batch: int = 16, mark: str = "both",
 ) -> tuple[Tensor, float]:  # fmt: skip
-    """Pictures [N, 256, 256, 3] and the seconds that sampling took. Prompt number i gets noise number i of ``seed``."""
+    """Generate images [N, 256, 256, 3] and time the sampling. Prompt number i gets noise number i of ``seed``."""
     import nodes
 
     run = evaluate.sampling_node
-    negative, pictures, seconds = evaluate.encode(clip, [""]), [], 0.0
+    negative, images, seconds = evaluate.encode(clip, [""]), [], 0.0
     sigmas = run("BasicScheduler", model=model, scheduler="normal", steps=steps, denoise=1.0)
     sampler = run("KSamplerSelect", sampler_name="euler")
     noise = run("RandomNoise", noise_seed=seed)
@@ -76,31 +76,31 @@ def generate(
         sampled = run("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent)
         seconds += time.perf_counter() - began
         for some in sampled["samples"].split(4):
-            pictures.append(nodes.VAEDecode().decode(vae, {"samples": some})[0].float().cpu().clamp(0, 1))
-    return torch.cat(pictures), seconds
+            images.append(nodes.VAEDecode().decode(vae, {"samples": some})[0].float().cpu().clamp(0, 1))
+    return torch.cat(images), seconds
 
 
 def compare(
     model: Any, clip: Any, vae: Any, chosen: Sequence[Prompt], runs: dict[str, dict[str, Any] | None], **sampling: Any
 ) -> dict[str, dict[str, Any]]:
-    """Shares and times of every run, printed as they come."""
+    """Measure the shares and times of every run, printed as they come."""
     report: dict[str, dict[str, Any]] = {}
     for name, settings in runs.items():
-        pictures, seconds = generate(model, clip, vae, chosen, settings, **sampling)
-        findings = evaluate.score(pictures, chosen)
-        both = evaluate.share([all(f.present for f in picture) for picture in findings])
-        right = evaluate.share([all(f.right for f in picture) for picture in findings])
+        images, seconds = generate(model, clip, vae, chosen, settings, **sampling)
+        findings = evaluate.score(images, chosen)
+        both = evaluate.share([all(f.present for f in image) for image in findings])
+        right = evaluate.share([all(f.right for f in image) for image in findings])
         report[name] = {"present": both, "right": right, "seconds": seconds / len(chosen)}
         print(
             f"  {name:28s} subjects present {both['share']:.3f} ({both['low']:.3f} to {both['high']:.3f})  "
-            f"right {right['share']:.3f} ({right['low']:.3f} to {right['high']:.3f})  {seconds / len(chosen):.2f} s a picture",
+            f"right {right['share']:.3f} ({right['low']:.3f} to {right['high']:.3f})  {seconds / len(chosen):.2f} s an image",
             flush=True,
         )
     return report
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of ``python dev eval excite``."""
+    """Run ``python dev eval excite``."""
     parser = argparse.ArgumentParser(prog="python dev eval excite", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=evaluate.CHECKPOINT)
     parser.add_argument("--prompts", type=int, default=256)

@@ -1,8 +1,8 @@
-"""Do word maps lie on the objects that the words name? Every step through the pack's own nodes.
+"""Measure whether word maps lie on the objects that the words name, with the pack's own nodes at every step.
 
     python dev eval maps [--prompts N] [--steps N] [--cfg X] [--seed N] [--json FILE]
 
-Half of the prompts name one object, half two. Each picture is made by ``FoveaPrompt``, ``AttnMapCapture`` and the host's
+Half of the prompts name one object, half two. Each image is made by ``FoveaPrompt``, ``AttnMapCapture`` and ComfyUI's
 KSampler; its maps are the masks of ``AttnMapPreview``. They are compared with the object's region as ``detect`` finds it, for
 objects that were drawn right: intersection over union at threshold 0.4, and whether the map's maximum lies inside.
 """
@@ -27,15 +27,15 @@ FORMS = ("colour", "shape", "phrase")
 
 
 def asked_words(prompt: Prompt) -> list[str]:
-    """For each object its colour word, its shape word and both."""
+    """Return, for each object, its colour word, its shape word and both."""
     return [word for colour, shape in prompt.items for word in (colour, shape, f"{colour} {shape}")]
 
 
 @torch.inference_mode()
-def picture_and_masks(
+def image_and_masks(
     model: Any, clip: Any, vae: Any, prompt: Prompt, *, steps: int, cfg: float, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The picture [256, 256, 3] and a mask for each of ``asked_words`` [words, 256, 256]."""
+    """Generate the image [256, 256, 3] and a mask for each of ``asked_words`` [words, 256, 256]."""
     ours, core = pack_nodes(), evaluate.host_node
     positive = ours["FoveaPrompt"].execute(clip, prompt.text)[0]
     negative = core("CLIPTextEncode")(clip=clip, text="")[0]
@@ -51,7 +51,7 @@ def picture_and_masks(
 
 
 def overlap(mask: Tensor, region: Tensor) -> tuple[float, bool]:
-    """Intersection over union of ``mask`` above the threshold with ``region``, and whether the maximum lies inside."""
+    """Return the intersection over union of ``mask`` above the threshold with ``region``, and whether its maximum lies inside."""
     size = mask.shape[0] // region.shape[0]
     whole = region.repeat_interleave(size, 0).repeat_interleave(size, 1)
     seen = mask >= THRESHOLD
@@ -60,11 +60,11 @@ def overlap(mask: Tensor, region: Tensor) -> tuple[float, bool]:
 
 
 def measure(model: Any, clip: Any, vae: Any, chosen: Sequence[Prompt], **sampling: Any) -> dict[str, dict[str, Any]]:
-    """Mean overlap and share of maxima inside, for each form of word."""
+    """Measure the mean overlap and the share of maxima inside, for each form of word."""
     overlaps: dict[str, list[float]] = defaultdict(list)
     hits: dict[str, list[bool]] = defaultdict(list)
     for number, prompt in enumerate(chosen):
-        image, masks = picture_and_masks(model, clip, vae, prompt, **{**sampling, "seed": sampling["seed"] + number})
+        image, masks = image_and_masks(model, clip, vae, prompt, **{**sampling, "seed": sampling["seed"] + number})
         for index, (colour, shape) in enumerate(prompt.items):
             found = detect.find(image, colour, shape)
             if found.right:
@@ -80,13 +80,13 @@ def measure(model: Any, clip: Any, vae: Any, chosen: Sequence[Prompt], **samplin
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of ``python dev eval maps``."""
+    """Run ``python dev eval maps``."""
     parser = argparse.ArgumentParser(prog="python dev eval maps", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=evaluate.CHECKPOINT)
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--cfg", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; the next ones count up")
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args(argv)
     start_host()

@@ -20,7 +20,7 @@ CHECKPOINT = Path(__file__).resolve().parent / "fovea-scenes.safetensors"
 
 
 def checkpoint_weights(state: dict, decoder: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """Trainer states -> tensors under the single-file layout's names; without ``decoder`` the analytic one."""
+    """Turn trainer states into tensors under the single-file layout's names; without ``decoder`` the analytic one."""
     from scenes.autoencoder import make_autoencoder
     from scenes.network import CaptionTokens, TextEncoder, layout
 
@@ -40,7 +40,7 @@ def checkpoint_weights(state: dict, decoder: dict[str, Tensor] | None) -> dict[s
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of the export."""
+    """Run the export."""
     parser = argparse.ArgumentParser(prog="scenes.export", description=__doc__.splitlines()[0])
     parser.add_argument("--state", type=Path, default=train.STATE, help="state saved by scenes.train")
     parser.add_argument("--decoder", type=Path, help="state saved by scenes.train_decoder (default: its own, if there)")

@@ -1,4 +1,4 @@
-"""The embedded model's parts as the trainers need them. Start the host first: its own U-Net and tokenizer are used."""
+"""Build the embedded model's parts for the trainers. Start ComfyUI first: its own U-Net and tokenizer are used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ layout = importlib.import_module("fovea_demo_model.layout")
 
 
 def initialise(module: nn.Module) -> None:
-    """Default initial values: the host's layers are made to be loaded and hold whatever was in memory."""
+    """Fill in default initial values: ComfyUI's layers are made to be loaded and hold whatever was in memory."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             nn.Conv2d.reset_parameters(part)
@@ -36,7 +36,7 @@ def initialise(module: nn.Module) -> None:
 
 
 def make_unet() -> nn.Module:
-    """The host's U-Net in the embedded model's size, every residual branch starting at zero."""
+    """Build ComfyUI's U-Net in the embedded model's size, every residual branch starting at zero."""
     unet = UNetModel(
         image_size=layout.LATENT,
         out_channels=layout.LATENT_CHANNELS,
@@ -57,7 +57,7 @@ def make_unet() -> nn.Module:
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **_: object) -> Tensor:
-    """softmax(QK^T)V by two batched products: at this size quicker to train through on a CPU than the fused kernels."""
+    """Compute softmax(QK^T)V by two batched products: at this size quicker to train on a CPU than the fused kernels."""
 
     def split(tensor: Tensor) -> Tensor:
         return tensor.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
@@ -68,7 +68,7 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor |
 
 
 def use_plain_attention() -> None:
-    """Let the host's attention layers use the plain form for the rest of this process."""
+    """Let ComfyUI's attention layers use the plain form for the rest of this process."""
     comfy.ldm.modules.attention.optimized_attention = _plain_attention
     comfy.ldm.modules.attention.optimized_attention_masked = _plain_attention
 
@@ -77,7 +77,7 @@ def use_plain_attention() -> None:
 
 
 def alphas_cumprod() -> Tensor:
-    """Signal share by timestep [1000], float64, from the host's own schedule."""
+    """Return the signal share by timestep [1000], float64, from ComfyUI's own schedule."""
     betas = make_beta_schedule("linear", layout.TIMESTEPS, linear_start=layout.BETA_START, linear_end=layout.BETA_END)
     return torch.cumprod(1 - torch.as_tensor(betas, dtype=torch.float64), 0)
 
@@ -86,7 +86,7 @@ def alphas_cumprod() -> Tensor:
 
 
 class CaptionTokens:
-    """Captions -> CLIP token ids [B, 77]. BPE never merges across words, so each word goes to the host's tokenizer once."""
+    """Captions -> CLIP token ids [B, 77]. BPE never merges across words, so each word goes to ComfyUI's tokenizer once."""
 
     def __init__(self) -> None:
         tokenizer = sd1_clip.SD1Tokenizer()
@@ -126,9 +126,9 @@ class _Layer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """The maths and key names of the host's CLIP text model, on the known words only.
+    """The maths and key names of ComfyUI's CLIP text model, on the known words only.
 
-    The host's class adds in place, which autograd refuses; unknown words are zero rows there.
+    ComfyUI's class adds in place, which autograd refuses; unknown words are zero rows there.
     """
 
     rows: Tensor  # token id -> row of the embedding table
@@ -158,7 +158,7 @@ class TextEncoder(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids [B, 77] -> conditioning [B, 77, width]."""
+        """Encode token ids [B, 77] as conditioning [B, 77, width]."""
         x = self.embeddings["token_embedding"](self.rows[ids]) + self.embeddings["position_embedding"].weight
         for layer in self.layers:
             x = layer(x, self.mask)

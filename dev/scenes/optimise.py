@@ -27,7 +27,7 @@ class AveragedAdamW:
             mine.copy_(saved)
 
     def step(self, progress: float, total_steps: int) -> None:
-        """One step at ``progress`` (0 to 1) of the time budget, the ``total_steps``-th of the weights' life."""
+        """Take one step at ``progress`` (0 to 1) of the time budget, the ``total_steps``-th of the weights' life."""
         nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
         self.steps += 1
         for group in self.adamw.param_groups:

@@ -1,8 +1,8 @@
-"""How far two pictures are apart in style: colours and texture as statistics, with no learning and no chance.
+"""Measure how far two images are apart in style: colours and texture as statistics, with no learning and no chance.
 
 Where things lie does not count, only what there is and how much of it: every statistic is a distribution over the places of
-a picture, and two distributions are as far apart as their quantiles are on average (the Wasserstein distance). So pictures
-may differ in size, and a picture that is moved keeps its style.
+an image, and two distributions are as far apart as their quantiles are on average (the Wasserstein distance). So images
+may differ in size, and an image that is moved keeps its style.
 
 Colours are compared along many directions of RGB (sliced Wasserstein). Texture is what derivatives of the brightness in four
 directions at four scales answer. An answer of ``HALF`` counts half as much as the strongest possible edge, so that the
@@ -18,8 +18,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-SIDE = 64  # pictures are reduced to this height by area: what is smaller is the decoder's business
-SCALES = (1.0, 2.0, 4.0, 8.0)  # spread of the filters, in pixels of a picture of that height
+SIDE = 64  # images are reduced to this height by area: what is smaller is the decoder's business
+SCALES = (1.0, 2.0, 4.0, 8.0)  # spread of the filters, in pixels of an image of that height
 DIRECTIONS = 4
 SLICES = 32
 LEVELS = 128  # quantiles
@@ -46,29 +46,29 @@ class Distance:
         return self.colours + self.texture
 
 
-def style(picture: Tensor) -> Style:
-    """Statistics of a picture [H, W, 3] of 0..1."""
-    image = _reduced(picture)
-    colours = _slices() @ image.flatten(1)
-    return Style(_quantiles(colours), torch.cat([_quantiles(_answers(image, scale)) for scale in SCALES]))
+def style(image: Tensor) -> Style:
+    """Compute the statistics of an image [H, W, 3] of 0..1."""
+    reduced = _reduced(image)
+    colours = _slices() @ reduced.flatten(1)
+    return Style(_quantiles(colours), torch.cat([_quantiles(_answers(reduced, scale)) for scale in SCALES]))
 
 
 def distance(one: Style, other: Style) -> Distance:
-    """Mean difference of the quantiles, over slices and over filters."""
+    """Return the mean difference of the quantiles, over slices and over filters."""
     colours, texture = (float((a - b).abs().mean()) for a, b in ((one.colours, other.colours), (one.texture, other.texture)))
     return Distance(colours, texture)
 
 
-def _reduced(picture: Tensor) -> Tensor:
-    """[3, SIDE, as wide as it is]"""
-    height, width = picture.shape[:2]
+def _reduced(image: Tensor) -> Tensor:
+    """Reduce to [3, SIDE, as wide as it is]."""
+    height, width = image.shape[:2]
     size = SIDE, max(round(width * SIDE / height), 1)
-    return nn.functional.adaptive_avg_pool2d(picture.float().movedim(-1, 0), size)
+    return nn.functional.adaptive_avg_pool2d(image.float().movedim(-1, 0), size)
 
 
 @cache
 def _slices() -> Tensor:
-    """Unit vectors [SLICES, 3], evenly spread over half of the sphere (a spiral of the golden angle)."""
+    """Return unit vectors [SLICES, 3], evenly spread over half of the sphere (a spiral of the golden angle)."""
     height = (torch.arange(SLICES) + 0.5) / SLICES
     angle = torch.arange(SLICES) * math.pi * (3 - math.sqrt(5))
     radius = (1 - height.square()).sqrt()
@@ -77,7 +77,7 @@ def _slices() -> Tensor:
 
 @cache
 def _kernels(scale: float) -> Tensor:
-    """First derivatives of a Gaussian [DIRECTIONS, 1, side, side]; the positive half of each adds up to 1."""
+    """Return first derivatives of a Gaussian [DIRECTIONS, 1, side, side]; the positive half of each adds up to 1."""
     reach = math.ceil(2 * scale)
     places = torch.arange(-reach, reach + 1).float()
     y, x = torch.meshgrid(places, places, indexing="ij")
@@ -88,13 +88,13 @@ def _kernels(scale: float) -> Tensor:
 
 
 def _answers(image: Tensor, scale: float) -> Tensor:
-    """Compressed answers [DIRECTIONS, places] wherever a filter lies wholly inside the picture."""
+    """Return compressed answers [DIRECTIONS, places] wherever a filter lies wholly inside the image."""
     brightness = image.mean(0, keepdim=True)[None]
     strength = nn.functional.conv2d(brightness, _kernels(scale))[0].abs().flatten(1)
     return strength / (strength + HALF)
 
 
 def _quantiles(values: Tensor) -> Tensor:
-    """[rows, places] -> [rows, LEVELS]"""
+    """Reduce [rows, places] to quantiles [rows, LEVELS]."""
     levels = (torch.arange(LEVELS) + 0.5) / LEVELS
     return torch.quantile(values, levels, dim=1).T

@@ -27,7 +27,7 @@ SAVE_EVERY, LOG_EVERY = 180.0, 30.0  # seconds
 
 
 class Pool:
-    """Drawn pictures (uint8) with token ids; new ones replace the oldest while training goes on."""
+    """Drawn images (uint8) with token ids; new ones replace the oldest while training goes on."""
 
     def __init__(self, size: int, tokens, rng: random.Random) -> None:
         self.tokens, self.rng = tokens, rng
@@ -44,7 +44,7 @@ class Pool:
         self.drawn += count
 
     def batch(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Random pictures [B, 3, 32, 32] in -1..1, half of them mirrored, and ids [B, 77], some of them emptied."""
+        """Draw random images [B, 3, 32, 32] in -1..1, half of them mirrored, and ids [B, 77], some of them emptied."""
         rows = torch.randint(min(self.drawn, len(self.images)), (count,))
         images, ids = self.images[rows].to(device).float() / 127.5 - 1, self.ids[rows].long()
         images = torch.where(torch.rand(count, device=device)[:, None, None, None] < 0.5, images.flip(3), images)
@@ -61,7 +61,7 @@ class Noise:
         self.cumulative = (1 + 1.5 * torch.exp(-0.5 * ((log_sigma - 0.5) / 1.0) ** 2)).cumsum(0)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy pictures, timesteps [B] and targets v = signal * noise - noise_level * picture."""
+        """Return noisy images, timesteps [B] and targets v = signal * noise - noise_level * image."""
         count = len(images)
         strata = (torch.arange(count, device=images.device) + torch.rand(count, device=images.device)) / count
         steps = torch.searchsorted(self.cumulative, strata * self.cumulative[-1]).clamp(max=len(self.signal) - 1)
@@ -129,7 +129,7 @@ class Trainer:
         return nn.functional.mse_loss(prediction.float(), target)
 
     def save(self, seconds: float) -> dict[str, float]:
-        """Averaged weights at the top level (what the export reads), everything needed to go on beside them; totals."""
+        """Save averaged weights at the top level (what the export reads), with what it needs to go on; returns totals."""
         raw = {kind: {k: v.cpu().clone() for k, v in module.state_dict().items()} for kind, module in self.modules.items()}
         averages = iter(self.optimiser.average)
         averaged = {
@@ -183,7 +183,7 @@ def train(args: argparse.Namespace) -> None:
         if rank == 0 and now - logged > LOG_EVERY:
             speed = len(losses) * args.batch * workers / (now - logged)
             mean_loss = sum(losses) / len(losses)
-            print(f"{now - started:6.0f} s  step {step}  loss {mean_loss:.4f}  {speed:.0f} pictures/s", flush=True)
+            print(f"{now - started:6.0f} s  step {step}  loss {mean_loss:.4f}  {speed:.0f} images/s", flush=True)
             logged, losses = now, []
         if rank == 0 and now - saved > SAVE_EVERY:
             trainer.save(now - started)
@@ -194,14 +194,14 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of the trainer."""
+    """Run the trainer."""
     parser = argparse.ArgumentParser(prog="scenes.train", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60.0, help="wall time to train")
     parser.add_argument("--resume", type=Path, help="state to start from")
     parser.add_argument("--out", type=Path, default=STATE, help="where the state is saved")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=8e-4, help="peak learning rate")
-    parser.add_argument("--batch", type=int, default=0, help="pictures per worker and step (default: 32, on a GPU 512)")
+    parser.add_argument("--batch", type=int, default=0, help="images per worker and step (default: 32, on a GPU 512)")
     parser.add_argument("--workers", type=int, default=2, help="processes on a CPU")
     parser.add_argument("--comfyui", help="ComfyUI folder (default: $COMFYUI_PATH)")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Train the enlarging decoder: 32-pixel pictures as the diffusion model makes them -> crisp 256-pixel pictures.
+"""Train the enlarging decoder: 32-pixel images as the diffusion model makes them -> crisp 256-pixel images.
 
 cd dev && COMFYUI_PATH=... python -m scenes.train_decoder --minutes 25 [--resume STATE] [--out STATE]
 """
@@ -20,19 +20,19 @@ from torch.nn import functional
 from scenes import draw
 
 STATE = ROOT / ".fovea" / "scenes-decoder.pt"
-CROP = 16  # latent pixels; the picture is eight times that
+CROP = 16  # latent pixels; the image is eight times that
 SAVE_EVERY, LOG_EVERY = 120.0, 30.0  # seconds
 
 
 def _other_colours(images: Tensor) -> Tensor:
-    """Mix the channels of some pictures, so that the decoder enlarges colours rather than remembers seven of them."""
+    """Mix the channels of some images, so that the decoder enlarges colours rather than remembers seven of them."""
     mix = torch.rand(len(images), 1, 1) * (torch.rand(len(images), 1, 1) < 0.4)
     matrix = torch.lerp(torch.eye(3).expand(len(images), 3, 3), torch.softmax(3 * torch.randn(len(images), 3, 3), 2), mix)
     return torch.einsum("bij,bjhw->bihw", matrix, images)
 
 
 def _unsure(latents: Tensor) -> Tensor:
-    """Exact latents -> what a sampler would leave: slightly displaced outlines, some blur, some noise."""
+    """Make of exact latents what a sampler would leave: slightly displaced outlines, some blur, some noise."""
     count, _, size, _ = latents.shape
     strength = torch.rand(count, 1, 1, 1)
     offsets = functional.interpolate(torch.randn(count, 2, size // 2, size // 2), size=(size, size), mode="bicubic")
@@ -46,12 +46,12 @@ def _unsure(latents: Tensor) -> Tensor:
 
 
 def pairs(rng: random.Random, count: int) -> tuple[Tensor, Tensor]:
-    """Latents [B, 3, 16, 16] and the 0..1 pictures [B, 3, 128, 128] they should become; windows of drawn scenes."""
+    """Draw latents [B, 3, 16, 16] and the 0..1 images [B, 3, 128, 128] they should become; windows of drawn scenes."""
     from scenes.autoencoder import area_average
 
     scenes = [draw.sample(rng, style=rng.choice(draw.STYLES) if rng.random() < 0.4 else None) for _ in range(count)]
     room = int(draw.WORLD) - CROP
-    corner = torch.randint(-4, room + 5, (count, 2)).clamp(0, room).float()  # borders of the picture come up often
+    corner = torch.randint(-4, room + 5, (count, 2)).clamp(0, room).float()  # borders of the image come up often
     images = _other_colours(draw.render(scenes, 8 * CROP, corner=corner, extent=CROP)[0])
     exact = area_average(images)
     # A quarter stays exact: what the encoder gives.
@@ -59,7 +59,7 @@ def pairs(rng: random.Random, count: int) -> tuple[Tensor, Tensor]:
 
 
 def loss(decoded: Tensor, images: Tensor) -> Tensor:
-    """Mean absolute error of colours and of their differences to the right and lower neighbour (edges)."""
+    """Return the mean absolute error of colours and of their differences to the right and lower neighbour (edges)."""
     edges = [functional.l1_loss(decoded.diff(dim=axis), images.diff(dim=axis)) for axis in (2, 3)]
     return functional.l1_loss(decoded, images) + 0.5 * sum(edges)
 
@@ -129,7 +129,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of the decoder's trainer."""
+    """Run the decoder's trainer."""
     parser = argparse.ArgumentParser(prog="scenes.train_decoder", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=25.0, help="wall time to train")
     parser.add_argument("--resume", type=Path, help="state to start from")

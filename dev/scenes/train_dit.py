@@ -34,7 +34,7 @@ NULL = len(draw.CLASSES)
 
 
 class PartedLabels(nn.Module):
-    """The embedding of a class as the sum of its look's, colour's and shape's: few pictures teach all classes.
+    """The embedding of a class as the sum of its look's, colour's and shape's: few images teach all classes.
 
     The exported table is that of the paper, one row per class (``table``).
     """
@@ -62,7 +62,7 @@ class PartedLabels(nn.Module):
 
 
 def make_network() -> Any:
-    """The paper's network with its initial values: every block starts as the identity. Labels in parts."""
+    """Build the paper's network with its initial values: every block starts as the identity. Labels in parts."""
     import comfy.ops
 
     load_pack()
@@ -88,7 +88,7 @@ def _zero(weight: Tensor | None) -> None:
 
 
 class Pool:
-    """Drawn pictures (uint8) with their classes; new ones replace the oldest while training goes on."""
+    """Drawn images (uint8) with their classes; new ones replace the oldest while training goes on."""
 
     def __init__(self, size: int, rng: random.Random) -> None:
         self.rng = rng
@@ -104,7 +104,7 @@ class Pool:
         self.drawn += count
 
     def batch(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Random pictures [B, 3, 32, 32] in -1..1, half of them mirrored, and classes [B], some of them the null class."""
+        """Draw random images [B, 3, 32, 32] in -1..1, half of them mirrored, and classes [B], some of them the null class."""
         rows = torch.randint(min(self.drawn, len(self.images)), (count,))
         images, labels = self.images[rows].to(device).float() / 127.5 - 1, self.labels[rows].to(device)
         images = torch.where(torch.rand(count, device=device)[:, None, None, None] < 0.5, images.flip(3), images)
@@ -131,7 +131,7 @@ class Trainer:
             self.optimiser.resume(state["optimiser"], state["average"])
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Squared error of the velocity, more often where shapes are decided (logit-normal times)."""
+        """Return the squared error of the velocity, more often where shapes are decided (logit-normal times)."""
         count = len(images)
         quantile = (torch.arange(count, device=self.device) + torch.rand(count, device=self.device)) / count
         sigma = torch.sigmoid(0.4 + torch.special.ndtri(quantile.clamp(1e-4, 1 - 1e-4)))
@@ -146,7 +146,7 @@ class Trainer:
         self.optimiser.step(progress, self.totals["steps"])
 
     def save(self, seconds: float) -> dict[str, float]:
-        """Everything needed to go on; totals."""
+        """Save everything needed to go on; returns the totals."""
         totals = {**self.totals, "seconds": self.totals["seconds"] + seconds}
         raw = {name: value.cpu() for name, value in self.network.state_dict().items()}
         average = [value.cpu() for value in self.optimiser.average]
@@ -183,7 +183,7 @@ def train(args: argparse.Namespace) -> None:
         progress = trained / (args.minutes * 60)
         if now - logged > LOG_EVERY:
             mean, speed = sum(losses) / len(losses), len(losses) * args.batch / (now - logged)
-            print(f"{now - started:6.0f} s  step {step}  loss {mean:.4f}  {speed:.0f} pictures/s", flush=True)
+            print(f"{now - started:6.0f} s  step {step}  loss {mean:.4f}  {speed:.0f} images/s", flush=True)
             logged, losses = now, []
         if now - saved > SAVE_EVERY:
             trainer.save(now - started)
@@ -192,7 +192,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def export(state_file: Path, out: Path) -> None:
-    """The averaged weights as a bare DiT in fp16, for the pack's loader."""
+    """Export the averaged weights as a bare DiT in fp16, for the pack's loader."""
     network, state = make_network(), torch.load(state_file, map_location="cpu", weights_only=True)
     for parameter, average in zip(network.parameters(), state["average"], strict=True):
         parameter.detach().copy_(average)
@@ -213,7 +213,7 @@ def export(state_file: Path, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of the trainer."""
+    """Run the trainer."""
     parser = argparse.ArgumentParser(prog="scenes.train_dit", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=90.0, help="wall time to train (0: only export)")
     parser.add_argument("--resume", type=Path, help="state to start from")
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--export", type=Path, default=CHECKPOINT, help="the file to write at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    parser.add_argument("--batch", type=int, default=0, help="pictures per step (default: 64, on a GPU 512)")
+    parser.add_argument("--batch", type=int, default=0, help="images per step (default: 64, on a GPU 512)")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
     parser.add_argument("--comfyui", help="ComfyUI folder (default: $COMFYUI_PATH)")
     args = parser.parse_args(argv)

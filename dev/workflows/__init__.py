@@ -1,1 +1,1 @@
-"""The shipped workflows: find and convert them, and make the images that show them."""
+"""Find and convert the shipped workflows, and make the images that show them."""

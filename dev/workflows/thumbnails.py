@@ -1,9 +1,9 @@
-"""The picture the template browser shows for a workflow, made from the workflow's own run.
+"""Make the image that the template browser shows for a workflow, from the workflow's own run.
 
-The same picture as a PNG that carries the workflow, to be dragged onto ComfyUI's canvas, is in docs/workflows, and some are in
+The same image as a PNG that carries the workflow, to be dragged onto ComfyUI's canvas, is in docs/workflows, and some are in
 the help pages. After a workflow was edited by hand, or has a new thumbnail:
 
-    python dev/thumbnail.py
+    python dev thumbnails
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ IN_HELP = {
 HELP_SIDE = 384
 
 
-def make_thumbnail(pictures: Sequence[Path], captions: Sequence[str], target: Path) -> None:
-    """Pictures in a square with their captions: a column for each caption, or a grid where all have the same."""
+def make_thumbnail(images: Sequence[Path], captions: Sequence[str], target: Path) -> None:
+    """Arrange images in a square with their captions: a column for each caption, or a grid where all have the same."""
     groups: dict[str, list[Path]] = {}
-    for path, caption in zip(pictures, captions, strict=True):
+    for path, caption in zip(images, captions, strict=True):
         groups.setdefault(caption, []).append(path)
     if len(groups) == 1:
-        wide = math.ceil(math.sqrt(len(pictures)))
-        columns = [list(pictures[column::wide]) for column in range(wide)]
+        wide = math.ceil(math.sqrt(len(images)))
+        columns = [list(images[column::wide]) for column in range(wide)]
     else:
         columns = list(groups.values())
     rows = max(map(len, columns))
@@ -50,8 +50,8 @@ def make_thumbnail(pictures: Sequence[Path], captions: Sequence[str], target: Pa
     draw = ImageDraw.Draw(sheet)
     for across, column in enumerate(columns):
         for down, path in enumerate(column):
-            with Image.open(path) as picture:
-                small = ImageOps.pad(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS, color=BACKGROUND)
+            with Image.open(path) as image:
+                small = ImageOps.pad(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS, color=BACKGROUND)
                 sheet.paste(small, (left + across * (side + MARGIN), top + down * (side + MARGIN)))
     share = SIDE // len(groups)
     for index, caption in enumerate(groups):
@@ -66,22 +66,22 @@ def make_thumbnail(pictures: Sequence[Path], captions: Sequence[str], target: Pa
 
 
 def carry_workflow(workflow: Path) -> Path:
-    """Write the workflow's picture as a PNG with the workflow in it, as ComfyUI's own saved pictures have it."""
+    """Write the workflow's image as a PNG with the workflow in it, as ComfyUI's own saved images have it."""
     target = TO_DRAG / f"{workflow.stem}.png"
     target.parent.mkdir(parents=True, exist_ok=True)
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text("workflow", json.dumps(workflow_files.load(workflow)))
-    with Image.open(workflow.with_suffix(".jpg")) as picture:
-        picture.quantize(256).save(target, pnginfo=chunks, optimize=True)
+    with Image.open(workflow.with_suffix(".jpg")) as image:
+        image.quantize(256).save(target, pnginfo=chunks, optimize=True)
     return target
 
 
 def illustrate_help(name: str, workflow: str) -> Path:
-    """Write the workflow's picture where the help pages show it."""
+    """Write the workflow's image where the help pages show it."""
     target = ROOT / "web" / "docs" / "images" / f"{name}.jpg"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with Image.open(workflow_files.FOLDER / f"{workflow}.jpg") as picture:
-        picture.resize((HELP_SIDE, HELP_SIDE), Image.Resampling.LANCZOS).save(target, quality=84)
+    with Image.open(workflow_files.FOLDER / f"{workflow}.jpg") as image:
+        image.resize((HELP_SIDE, HELP_SIDE), Image.Resampling.LANCZOS).save(target, quality=84)
     return target
 
 

@@ -1,4 +1,4 @@
-"""The shipped workflows: finding them, and turning what the browser saves into what the server runs.
+"""Find the shipped workflows, and turn what the browser saves into what the server runs.
 
 The conversion is comfy-cli's; a warning from it means that a value was dropped or guessed, so here it is an error.
 """
@@ -17,17 +17,17 @@ FOLDER = Path(__file__).resolve().parent.parent.parent / "workflows"
 
 
 def shipped() -> list[Path]:
-    """Every workflow of the pack, by name."""
+    """List every workflow of the pack, by name."""
     return sorted(FOLDER.glob("*.json"))
 
 
 def blueprints() -> list[Path]:
-    """Every subgraph blueprint of the pack, by name."""
+    """List every subgraph blueprint of the pack, by name."""
     return sorted((FOLDER.parent / "subgraphs").glob("*.json"))
 
 
 def find(name: str) -> Path:
-    """A workflow by its title, part of it, or a path to a file."""
+    """Find a workflow by its title, part of it, or a path to a file."""
     if Path(name).is_file():
         return Path(name)
     hits = [path for path in shipped() if name.lower() in path.stem.lower()]
@@ -57,7 +57,7 @@ class _Warnings(logging.Handler):
 
 
 def convert(workflow: dict[str, Any], object_info: dict[str, Any]) -> Prompt:
-    """A workflow as saved by the browser, in the form the server's `/prompt` takes."""
+    """Convert a workflow as saved by the browser into the form the server's `/prompt` takes."""
     os.environ["DO_NOT_TRACK"] = "1"
     from comfy_cli.workflow_to_api import WorkflowConversionError, convert_ui_to_api
 

@@ -1,6 +1,6 @@
-"""Teaches the host's standard loaders the embedded model (demo and test hosts only; users' hosts never see this).
+"""Teach ComfyUI's standard loaders the embedded model (in demos and tests only; users' ComfyUIs never see this).
 
-One class in the list of supported models is enough: detection, sampling, text encoding and the VAE are the host's own.
+One class in the list of supported models is enough: detection, sampling, text encoding and the VAE are ComfyUI's own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {}
 
 
 class ScenesLatent(comfy.latent_formats.LatentFormat):
-    """RGB in -1..1 at an eighth of the picture: previews are exact."""
+    """RGB in -1..1 at an eighth of the image: previews are exact."""
 
     latent_channels = layout.LATENT_CHANNELS
     spacial_downscale_ratio = layout.DOWNSCALE
@@ -40,14 +40,14 @@ class ScenesTextEncoder(sd1_clip.SDClipModel):
 
 
 class ScenesClip(sd1_clip.SD1ClipModel):
-    """The host's wrapper that runs the encoder on weighted tokens."""
+    """ComfyUI's wrapper that runs the encoder on weighted tokens."""
 
     def __init__(self, device="cpu", dtype=None, model_options=None):
         super().__init__(device=device, dtype=dtype, model_options=model_options or {}, clip_model=ScenesTextEncoder)
 
 
 class FoveaScenes(comfy.supported_models_base.BASE):
-    """The embedded model as the host's detection sees it."""
+    """The embedded model as ComfyUI's detection sees it."""
 
     unet_config = {
         **layout.UNET_DETECTED,
@@ -67,7 +67,7 @@ class FoveaScenes(comfy.supported_models_base.BASE):
         return comfy.model_base.ModelType.V_PREDICTION
 
     def process_clip_state_dict(self, state_dict):
-        """Rename to the host's keys and spread the stored token rows over an otherwise empty table."""
+        """Rename to ComfyUI's keys and spread the stored token rows over an otherwise empty table."""
         weights = comfy.utils.state_dict_prefix_replace(state_dict, {"cond_stage_model.": "clip_l."}, filter_keys=True)
         ids, rows = weights.pop("clip_l.vocab_ids"), weights.pop("clip_l.vocab_rows")
         table = torch.zeros(layout.TOKEN_COUNT, layout.TEXT_WIDTH, dtype=rows.dtype)

@@ -1,9 +1,9 @@
 """Layout of the embedded model: the one source for the loader, the trainers and the export. No imports, no side effects."""
 
-PICTURE, LATENT, LATENT_CHANNELS = 256, 32, 3  # side in pixels, side of the latent, and its channels: RGB in -1..1
-DOWNSCALE = PICTURE // LATENT
+IMAGE, LATENT, LATENT_CHANNELS = 256, 32, 3  # side in pixels, side of the latent, and its channels: RGB in -1..1
+DOWNSCALE = IMAGE // LATENT
 
-# Scaled-linear betas. SD's own end (0.012) leaves enough signal at the last step to leak the brightness of flat pictures.
+# Scaled-linear betas. SD's own end (0.012) leaves enough signal at the last step to leak the brightness of flat images.
 BETA_START, BETA_END, TIMESTEPS = 0.00085, 0.02, 1000
 
 TEXT_WIDTH, TOKENS, TOKEN_COUNT = 96, 77, 49408
@@ -18,7 +18,7 @@ TEXT = {
     "eos_token_id": END_TOKEN,
 }
 
-# What the host's detection reads from the weights and what it cannot read: a level without residual blocks
+# What ComfyUI's detection reads from the weights and what it cannot read: a level without residual blocks
 # has nothing to read its channel multiplier from.
 UNET_DETECTED = {"in_channels": LATENT_CHANNELS, "model_channels": 32, "context_dim": TEXT_WIDTH}
 UNET_DECLARED = {

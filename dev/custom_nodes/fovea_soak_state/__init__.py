@@ -1,4 +1,4 @@
-"""Lets the server of `python dev soak` say what it holds: memory of the process, and tensors that are alive."""
+"""Let the server of `python dev soak` say what it holds: memory of the process, and tensors that are alive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {}
 
 @PromptServer.instance.routes.get("/fovea_soak/state")
 async def state(request: web.Request) -> web.Response:
-    """Resident memory, and the number and size of all live tensors, after a collection."""
+    """Return resident memory, and the number and size of all live tensors, after a collection."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
     size = sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)
