@@ -1,1 +1,1 @@
-"""The engine: maths on tensors, and the one door into the host (``host``). Knows nothing of nodes."""
+"""The engine: maths on tensors, and the one door into ComfyUI (``host``). Knows nothing of nodes."""

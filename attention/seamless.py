@@ -1,7 +1,7 @@
-"""Pictures that repeat without a seam: what leaves a picture on one side comes in on the other.
+"""Images that repeat without a seam: what leaves an image on one side comes in on the other.
 
 Every convolution of a U-Net that pads its input with zeros pads it with the opposite edge instead, so that the network does
-not know where the picture ends. Its attention does not know either: it has no positions.
+not know where the image ends. Its attention does not know either: it has no positions.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from . import host
-from .sites import network_layout
-
-_PATCH = "padding_mode"
+from .networks.table import network_layout
 
 # No convolution of an SD decoder reaches further, in latent pixels.
 DECODER_REACH = 18
 
 
 def seamless(model: Any) -> Any:
-    """A clone of a MODEL that samples seamless pictures.
+    """A clone of a MODEL that samples seamless images.
 
     Raises:
         ValueError: the network is no U-Net.
@@ -30,23 +28,18 @@ def seamless(model: Any) -> Any:
     layout = network_layout(network)
     if layout is None or layout.family != "U-Net":
         raise ValueError(
-            f"{type(network).__name__} knows the place of every part of its picture, so its edges cannot be joined. Seamless "
+            f"{type(network).__name__} knows the place of every part of its image, so its edges cannot be joined. Seamless "
             "Tiling works with U-Nets: SD1.5, SD2 and SDXL."
         )
     clone = model.clone()
     for name, module in network.named_modules():
         if isinstance(module, torch.nn.Conv2d) and any(module.padding):
-            clone.add_object_patch(f"diffusion_model.{name}.{_PATCH}", "circular")
+            clone.add_object_patch(f"diffusion_model.{name}.{host.PADDING_MODE}", "circular")
     return clone
 
 
-def is_seamless(model: Any) -> bool:
-    """Whether a MODEL's convolutions are joined at the edges, by this pack or another."""
-    return any(name.endswith(f".{_PATCH}") for name in model.object_patches)
-
-
 def decode_seamless(vae: Any, latent: Tensor) -> Tensor:
-    """Pictures (batch, height, width, 3) of a latent (batch, channels, height, width) that repeats without a seam.
+    """Images (batch, height, width, 3) of a latent (batch, channels, height, width) that repeats without a seam.
 
     The latent is decoded with as much of its repetitions around it as the decoder's convolutions see.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..attention import host
-from ..attention.capture import Capture, CaptureSettings, chosen_layers
-from ..attention.maps import AttnMaps
+from ..attention.maps import AttnMaps, Capture, chosen_layers
+from ..attention.maps.capture import CaptureSettings
 from ._schema import advanced, node_schema
 from ._types import AttnMapsSocket
 

@@ -11,13 +11,13 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..attention.colormaps import Colormap
 from ..attention.host import log
 from ..attention.maps import AttnMaps
-from ..attention.pointing import pointing_data
-from ..attention.render import Normalize, Style
+from ..attention.maps.drawing.colormaps import Colormap
+from ..attention.maps.drawing.render import Normalize, Style
+from ..attention.maps.hover import pointing_data
+from ..attention.maps.views import Request, View, preview
 from ..attention.tgate import TGateSettings
-from ..attention.views import Request, View, preview
 from ._schema import advanced, node_schema
 from ._types import AttnMapsSocket
 

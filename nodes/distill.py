@@ -7,8 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..attention import distill, host
-from ..attention.distill_job import Adain, DistillSettings, Method, prepare
+from ..attention import host
+from ..attention.distill import Adain, DistillSettings, Method, prepare, sample_distilled
 from ..attention.gradient import Memory
 from ._schema import advanced, node_schema
 
@@ -245,5 +245,5 @@ class AttentionDistillSampler(io.ComfyNode):
         latent = host.fitting_latent(guider.model_patcher, latent_image)
         pictures = reference["samples"], null_prompt, None if content is None else content["samples"]
         job = prepare(settings, guider, sampler, latent["samples"], *pictures, reference_mask, target_mask)
-        output, denoised, report = distill.sample_distilled(job, noise, guider, sampler, sigmas, latent)
+        output, denoised, report = sample_distilled(job, noise, guider, sampler, sigmas, latent)
         return io.NodeOutput(output, denoised, json.dumps(report, indent=1))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from ..attention.dit_host import load_dit
-from ..attention.dit_labels import NULL, label_conditioning, label_options, parse_labels
-from ..attention.dit_sampling import dit_sampler
+from ..attention.dit import dit_sampler, load_dit
+from ..attention.dit.labels import NULL, label_conditioning, label_options, parse_labels
 from ._schema import node_schema
 
 _FOLDER = "diffusion_models"

@@ -7,11 +7,19 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..attention import host
-from ..attention.capture import Capture, CaptureSettings
-from ..attention.excite import ExciteGuider, ExciteSettings, check_network, guided_names, guided_prompts, parse_thresholds
-from ..attention.excite_losses import Loss, LossSettings
+from ..attention.excite import (
+    ExciteGuider,
+    ExciteSettings,
+    Loss,
+    LossSettings,
+    check_network,
+    guided_names,
+    guided_prompts,
+    parse_thresholds,
+)
 from ..attention.gradient import Memory
-from ..attention.maps import AttnMaps
+from ..attention.maps import AttnMaps, Capture
+from ..attention.maps.capture import CaptureSettings
 from ._schema import advanced, node_schema
 from ._types import AttnMapsSocket
 

@@ -6,7 +6,7 @@ import logging
 
 from comfy_api.latest import io
 
-from ..attention import tokens
+from ..attention import prompts as tokens
 from ._schema import node_schema
 
 log = logging.getLogger("fovea")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..attention import host, tgate
-from ..attention.tgate import MAX_SHARE, CacheDevice, CfgAfterGate, Mode, TGateSettings
+from ..attention.tgate import CacheDevice, CfgAfterGate, Mode, TGateSettings
+from ..attention.tgate.settings import MAX_SHARE
 from ._schema import advanced, node_schema
 
 

@@ -1,0 +1,17 @@
+"""Attention Distillation: style, appearance and texture from a reference."""
+
+from .job import DistillJob, prepare
+from .published import distilled_layers, published
+from .sampler import sample_distilled
+from .settings import Adain, DistillSettings, Method
+
+__all__ = [
+    "Adain",
+    "DistillJob",
+    "DistillSettings",
+    "Method",
+    "distilled_layers",
+    "prepare",
+    "published",
+    "sample_distilled",
+]

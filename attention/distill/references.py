@@ -1,0 +1,127 @@
+"""What the references look like to the model: keys and values of some layers at one sigma, kept across runs.
+
+Every run of one model meets the same sigmas. The noise of a reference depends on nothing but the reference's place and the
+sigma, so its keys and values at a sigma are the same in every run, whatever the seed, and need not be computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import host
+from ..gradient.model_pass import ModelPass
+from ..gradient.watch import AttentionCall
+from ..networks.layers import AttentionLayer
+from .feature_cache import CACHE, FeatureCache, Stored, fingerprint
+from .losses import CallKey, Features, call_key
+
+
+class Purpose(IntEnum):
+    """What noise is for: each has its own, as in the published code."""
+
+    FEATURES = 0
+    COLOURS = 1
+    CONTENT = 2
+
+
+def fixed_noise(like: Tensor, sigma: float, purpose: Purpose, place: int) -> Tensor:
+    """Normal noise that depends on sigma, purpose and place (of an image among its kind) only, never on global state."""
+    digest = hashlib.blake2b(struct.pack("<fii", sigma, purpose, place), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.randn(like.shape, generator=generator).to(like.device)
+
+
+def noised_alike(base_model: Any, latents: Sequence[Tensor], sigma: float, purpose: Purpose) -> list[Tensor]:
+    """Clean latents (1, channels, ...) at ``sigma``, each with its fixed noise."""
+    noises = (fixed_noise(latent, sigma, purpose, place) for place, latent in enumerate(latents))
+    return [host.noised(base_model, latent, noise, sigma) for latent, noise in zip(latents, noises, strict=True)]
+
+
+class References:
+    """The references of one run.
+
+    Args:
+        latents: (1, channels, ...) each, clean and in the model's units; sizes may differ.
+        cond_for: a latent -> the null prompt for its size.
+        weights: changes with what the model computes; None: nothing is kept across runs.
+        with_noise: whether the model sees them with the noise of their sigma.
+    """
+
+    def __init__(
+        self,
+        passes: ModelPass,
+        latents: Sequence[Tensor],
+        cond_for: Callable[[Tensor], dict[str, Any]],
+        weights: tuple[Any, ...] | None,
+        *,
+        with_noise: bool,
+        cache: FeatureCache = CACHE,
+    ) -> None:
+        self.passes = passes
+        self.latents = list(latents)
+        self.conds = [cond_for(latent) for latent in latents]
+        self.with_noise = with_noise
+        self.cache = cache
+        self.reused = self.computed = 0
+        layers = tuple(layer.name for layer in passes.layers)
+        contents = [fingerprint([latent, host.cond_values(cond)]) for latent, cond in zip(self.latents, self.conds, strict=True)]
+        self.keys = [None if weights is None else (weights, layers, content, with_noise) for content in contents]
+        cache.begin_run()
+
+    def at(self, sigma: float, purpose: Purpose) -> list[Tensor]:
+        """The references as the sampler would have them at ``sigma``; without noise: as they look in the model's own units."""
+        base_model = self.passes.base_model
+        if self.with_noise:
+            return noised_alike(base_model, self.latents, sigma, purpose)
+        scale = float(host.input_scale(base_model, torch.tensor([sigma])))
+        return [latent / scale for latent in self.latents]
+
+    def features(self, sigma: float) -> dict[CallKey, Features]:
+        """Keys and values of all references in every call, side by side."""
+        parts = [self._stored(place, sigma) for place in range(len(self.latents))]
+        device = self.latents[0].device
+        joined = {}
+        for key in parts[0]:
+            k, v = (torch.cat([part[key][which].to(device) for part in parts], dim=2) for which in (0, 1))
+            joined[key] = Features(k, v)
+        return joined
+
+    def _stored(self, place: int, sigma: float) -> Stored:
+        base_model, own = self.passes.base_model, self.keys[place]
+        key = None if own is None else (*own, place, sigma, *host.schedule_key(base_model, sigma), host.compute_dtype(base_model))
+        stored = None if key is None else self.cache.get(base_model, key)
+        if stored is not None:
+            self.reused += 1
+            return stored
+        self.computed += 1
+        x = self.at(sigma, Purpose.FEATURES)[place]
+        found = self.passes.observe(self.conds[place], x, x.new_full((len(x),), sigma, dtype=torch.float32), _keys_and_values)
+        if not found:
+            raise RuntimeError(
+                "None of the layers to distil was seen: another node replaces this model's attention. Take it out, or choose "
+                "other layers."
+            )
+        stored = dict(value for _, value in found)
+        if key is not None:
+            self.cache.put(base_model, key, stored)
+        return stored
+
+
+def _keys_and_values(layer: AttentionLayer, call: AttentionCall) -> tuple[CallKey, tuple[Tensor, Tensor]]:
+    """One reference's keys and values, (1, heads, tokens, channels), without those that a mask hides (padding of the text)."""
+    k, v = _as_one(call.inputs.k), _as_one(call.v)
+    seen = host.visible_keys(call.inputs)
+    pair = (k.clone(), v.clone()) if seen is None else (k[:, :, seen], v[:, :, seen])
+    return call_key(layer, call), pair
+
+
+def _as_one(x: Tensor) -> Tensor:
+    """Rows of one image (frames) side by side: (rows, heads, tokens, channels) -> (1, heads, rows * tokens, channels)."""
+    return x if len(x) == 1 else x.transpose(0, 1).flatten(1, 2)[None]

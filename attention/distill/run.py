@@ -1,0 +1,247 @@
+"""The state of one run: optimising the latent between denoising steps, or without any."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import host
+from ..gradient.model_pass import ModelPass
+from .adain import adain
+from .job import DistillJob
+from .losses import CallKey, DistillObjective, call_key
+from .references import Purpose, References, noised_alike
+from .report import DistillReport
+from .settings import Method
+from .windows import Window, average
+
+
+class DistillRun:
+    """The state of one run; released when the sampler returns."""
+
+    def __init__(
+        self, job: DistillJob, progress: host.Progress, report: DistillReport, model: Any, extra_args: Mapping[str, Any]
+    ) -> None:
+        guider = model.inner_model
+        self.job, self.settings, self.progress, self.report = job, job.settings, progress, report
+        self.model, self.extra_args = model, extra_args
+        self.base_model = guider.inner_model
+        self.passes = ModelPass(
+            self.base_model, extra_args["model_options"], job.layers, job.settings.memory, keeps_patches=False
+        )
+
+        noise: Tensor = model.noise
+        self.batch, self.device = len(noise), noise.device
+        self.known = model.latent_image
+        self.windows = job.windows
+        seen = self.windows[0].of(noise)
+        size = {"width": seen.shape[-1] * 8, "height": seen.shape[-2] * 8} if noise.ndim == 4 else {}
+        prompt = host.prompt_everywhere(job.null_prompt, guidance=1.0)
+        seed = extra_args.get("seed")
+        mask = extra_args.get("denoise_mask")
+
+        def cond_in(window: Window) -> dict[str, Any]:
+            within = None if mask is None else window.of(mask)
+            return host.processed_cond(self.base_model, prompt, window.of(noise), seed, window.of(self.known), within)
+
+        self.conds = [cond_in(window) for window in self.windows]
+
+        def cond_for(latent: Tensor) -> dict[str, Any]:
+            """The null prompt for a reference. As published, SDXL is told the size of the target (of a window)."""
+            return host.processed_cond(self.base_model, {**size, **prompt}, latent, seed, latent)
+
+        self.references = References(
+            self.passes,
+            self._clean(job.references).split(1),
+            cond_for,
+            host.weights_key(guider),
+            with_noise=self.settings.method is Method.GUIDED,
+        )
+        self.content: Tensor | None = None
+        if job.content is not None:
+            self.content = self._clean(job.content)
+
+    def _clean(self, latent: Tensor) -> Tensor:
+        """A latent from a VAE in the units of the model."""
+        clean: Tensor = self.base_model.process_latent_in(latent.to(self.device, torch.float32))
+        return clean
+
+    # Methods
+
+    def after_step(self, x: Tensor, step: int, sigma: float, denoised: Tensor | None) -> Tensor:
+        """``x`` at the sigma where a denoising step has left it, optimised."""
+        reached, sigma = sigma, sigma if host.is_flow(self.base_model) else max(sigma, host.smallest_sigma(self.base_model))
+        scale = self._scale(sigma)
+        before = x.float()
+        z = _trainable(self._with_colours(before, sigma, 1 / scale) * scale)
+        signal = float(host.noised(self.base_model, torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), reached))
+
+        def estimate() -> Tensor | None:
+            """The finished image, if the noise that is left stays as it is."""
+            if denoised is None or signal < 1e-3:
+                return denoised
+            return denoised + (z / scale - before) / signal
+
+        self.progress.tick(before, denoised)
+        self._descend(z, torch.optim.Adam([z], lr=self.job.learning_rate), step, sigma, scale, estimate)
+        return (z / scale).to(x.dtype)
+
+    def optimise(self, z: Tensor, steps: Sequence[tuple[int, float]]) -> Tensor:
+        """The clean latent ``z`` after a descent at each (step, sigma), with one Adam for all."""
+        z = _trainable(z)
+        mask = self._mask(steps[0][1]) if steps else None
+        if mask is not None:
+            z.copy_(z * mask + self.known * (1 - mask))
+        adam = torch.optim.Adam([z], lr=self.job.learning_rate)
+        for step, sigma in steps:
+            scale = self._scale(sigma)
+            z.copy_(self._with_colours(z / scale, sigma, 1 / scale) * scale)
+            self._descend(z, adam, step, sigma, scale, z.clone)
+        return z.clone()
+
+    def _descend(
+        self,
+        z: Tensor,
+        adam: torch.optim.Optimizer,
+        step: int,
+        sigma: float,
+        scale: float,
+        estimate: Callable[[], Tensor | None],
+    ) -> None:
+        """Some steps of Adam on ``z``, in place."""
+        mask = self._mask(sigma)
+        level = z.new_full((self.batch,), sigma, dtype=torch.float32)
+        objectives = self._objectives(sigma, level)
+        losses: list[float] = []
+        style: list[float] = []
+        content: list[float] = []
+        for _ in range(self.job.iterations):
+            loss, gradient = self._gradient(z / scale, level, objectives)
+            if not math.isfinite(loss) or not bool(gradient.isfinite().all()):
+                raise RuntimeError(self._why_not_finite(z, objectives[0], step, len(losses)))
+            losses.append(loss)
+            style.append(_mean([objective.style_loss for objective in objectives]))
+            content.append(_mean([objective.content_loss for objective in objectives]))
+            _move(z, gradient / scale, adam, mask)
+            self.progress.tick(z / scale, estimate())
+        entry: dict[str, Any] = {"step": step, "sigma": sigma, "loss": losses}
+        if self._keeps_content:
+            entry.update(style_loss=style, content_loss=content)
+        self.report.steps.append(entry)
+        self.report.reused, self.report.computed = self.references.reused, self.references.computed
+
+    # Parts
+
+    def prompts_in_windows(self) -> AbstractContextManager[None]:
+        """Lets the guider's prompts act in every window, while the block lasts."""
+        if len(self.windows) == 1:
+            return nullcontext()
+        return host.prompts_by_area(self.model.inner_model, [window.area for window in self.windows])
+
+    def _objectives(self, sigma: float, level: Tensor) -> list[DistillObjective]:
+        """For each window; all share the references' features."""
+        features, content = self.references.features(sigma), self._content_at(sigma)
+        return [
+            DistillObjective(
+                features,
+                None if content is None else self._content_queries(place, content, level),
+                self.settings.content_weight,
+                self.settings.attn_scale,
+                self.job.regions[place] if self.job.regions else None,
+            )
+            for place in range(len(self.windows))
+        ]
+
+    def _gradient(self, x: Tensor, level: Tensor, objectives: Sequence[DistillObjective]) -> tuple[float, Tensor]:
+        """The mean loss, and its gradient with respect to ``x``: of every window, averaged where they overlap."""
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for window, cond, objective in zip(self.windows, self.conds, objectives, strict=True):
+            host.check_interrupted()
+            found = self.passes.gradient(cond, window.of(x), level, objective)
+            assert found is not None
+            losses.append(found.loss)
+            gradients.append(found.latent)
+        return float(torch.stack(losses).mean()), average(gradients, self.windows, x)
+
+    def _scale(self, sigma: float) -> float:
+        return float(host.input_scale(self.base_model, torch.tensor([sigma])))
+
+    def _mask(self, sigma: float) -> Tensor | None:
+        return host.denoise_mask(self.model, self.extra_args, torch.full((self.batch,), sigma, device=self.device))
+
+    def _with_colours(self, x: Tensor, sigma: float, unit: float) -> Tensor:
+        if not self.settings.uses_adain:
+            return x
+        references = self.references.at(sigma, Purpose.COLOURS)
+        return adain(x, references, epsilon=1e-6 * unit, mask=self._mask(sigma))
+
+    @property
+    def _keeps_content(self) -> bool:
+        return self.content is not None and self.settings.content_weight != 0
+
+    def _content_at(self, sigma: float) -> Tensor | None:
+        """The content as the model is to see it, (batch, channels, ...); None where nothing of it is kept."""
+        if self.content is None or not self._keeps_content:
+            return None
+        if self.settings.method is Method.GUIDED:
+            x = torch.cat(noised_alike(self.base_model, self.content.split(1), sigma, Purpose.CONTENT))
+        else:
+            x = self.content / self._scale(sigma)
+        return x.expand(self.batch, *x.shape[1:])
+
+    def _content_queries(self, place: int, content: Tensor, level: Tensor) -> dict[CallKey, Tensor]:
+        """The content's queries in every call of a window, computed in the same batches and by the same kernels as the latent's.
+
+        Where the latent is the content, as at the start of 'optimise', any difference would be noise that Adam enlarges.
+        """
+        x = self.windows[place].of(content)
+        found: dict[CallKey, list[Tensor]] = {}
+        with host.differentiable_kernels():
+            for rows in self.passes.parts(x, torch.arange(self.batch, device=x.device)):
+                measured = self.passes.observe(
+                    self.conds[place], x[rows], level[rows], lambda layer, call: (call_key(layer, call), call.inputs.q)
+                )
+                for _, (key, q) in measured:
+                    found.setdefault(key, []).append(q.clone())
+        return {key: torch.cat(queries) for key, queries in found.items()}
+
+    def _why_not_finite(self, z: Tensor, objective: DistillObjective, step: int, iteration: int) -> str:
+        where = f"The loss of Attention Distillation is not a number in step {step}, iteration {iteration}"
+        if not bool(z.isfinite().all()):
+            cause = (
+                "the latent already was none, so the model or another node on it gives NaN. Try without Attention Distillation"
+            )
+        elif not all(bool(f.k.isfinite().all() and f.v.isfinite().all()) for f in objective.features.values()):
+            cause = "the model gives NaN for the reference. Try another reference, or start ComfyUI with --force-upcast-attention"
+        else:
+            cause = (
+                "the latent was moved out of what the model can compute. Lower learning_rate, or run the model in bf16 or fp32"
+            )
+        return f"{where}. Likely cause: {cause}."
+
+
+def _trainable(z: Tensor) -> Tensor:
+    """A copy that Adam may change, under inference mode too."""
+    with torch.inference_mode(False):
+        return z.clone()
+
+
+def _move(z: Tensor, gradient: Tensor, adam: torch.optim.Optimizer, mask: Tensor | None) -> None:
+    with torch.inference_mode(False):
+        before = z.clone()
+        z.grad = gradient.clone()
+        adam.step()
+        z.grad = None
+        if mask is not None:
+            z.copy_(before + mask * (z - before))
+
+
+def _mean(losses: Sequence[Mapping[int, Tensor]]) -> float:
+    """Of all windows' images."""
+    return float(torch.stack([loss for of_window in losses for loss in of_window.values()]).mean())

@@ -1,0 +1,60 @@
+"""A latent seen through windows that overlap, for images larger than what a model can hold together.
+
+Bar-Tal et al., "MultiDiffusion: Fusing Diffusion Paths for Controlled Image Generation" (arXiv:2302.08113): every step is done
+in each window, and the windows' results are averaged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a latent, in latent pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """The same part of (..., height, width), as a view."""
+        return x[..., self.top : self.top + self.height, self.left : self.left + self.width]
+
+    @property
+    def area(self) -> tuple[int, int, int, int]:
+        """As ComfyUI writes the area of a prompt."""
+        return self.height, self.width, self.top, self.left
+
+
+def windows_of(height: int, width: int, side: int, stride: int) -> list[Window]:
+    """Windows of at most ``side`` that cover a latent, ``stride`` apart; the last ones end with the latent.
+
+    Args:
+        side: 0 is one window, the whole.
+    """
+    side = side or max(height, width)
+    rows, columns = _starts(height, side, stride), _starts(width, side, stride)
+    return [Window(top, left, min(side, height), min(side, width)) for top in rows for left in columns]
+
+
+def _starts(length: int, side: int, stride: int) -> list[int]:
+    last = max(length - side, 0)
+    return [min(place * stride, last) for place in range(math.ceil(last / stride) + 1)]
+
+
+def average(parts: Sequence[Tensor], windows: Sequence[Window], like: Tensor) -> Tensor:
+    """What the windows' parts come to together: their mean wherever several overlap, (..., height, width) as ``like``."""
+    if len(windows) == 1:
+        return parts[0]
+    total, count = torch.zeros_like(like), torch.zeros_like(like[:1, :1])
+    for part, window in zip(parts, windows, strict=True):
+        window.of(total).add_(part)
+        window.of(count).add_(1)
+    return total / count

@@ -1,0 +1,331 @@
+"""DiT: a diffusion model that is a plain transformer over patches of the latent, told a class instead of a prompt.
+
+Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv:2212.09748), written from the paper. The network comes in
+four sizes (S, B, L, XL), three patch sizes (2, 4, 8) and four ways for timestep and class to enter (section 3.2, figure 3):
+
+- in-context: two extra tokens in the sequence;
+- cross-attention: a second attention in every block, to a sequence of those two;
+- adaLN: shift and scale of every layer norm are computed from their sum;
+- adaLN-Zero: the same, and gates on what each block adds. This is the published model.
+
+Nothing here knows how a file is read or how an image is sampled (``dit_files``, ``dit_host``). Layers are ComfyUI's, so
+that weights can be offloaded, cast and patched; parameter names are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import host
+from ..networks.blocks import BlockLayout
+from ..networks.table import NetworkLayout
+
+TransformerOptions = dict[str, Any]
+MLP_RATIO = 4
+FREQUENCIES = 256  # channels of the sinusoidal timestep embedding
+EPS = 1e-6
+
+
+class Conditioning(str, Enum):
+    """How timestep and class enter the network."""
+
+    IN_CONTEXT = "in-context"
+    CROSS_ATTENTION = "cross-attention"
+    ADALN = "adaLN"
+    ADALN_ZERO = "adaLN-Zero"
+
+
+@dataclass(frozen=True)
+class Size:
+    depth: int
+    width: int
+    heads: int
+
+
+SIZES = {"S": Size(12, 384, 6), "B": Size(12, 768, 12), "L": Size(24, 1024, 16), "XL": Size(28, 1152, 16)}
+PATCHES = (2, 4, 8)
+
+
+def heads_of(width: int) -> int:
+    """The number of attention heads, which no file tells: the paper's, and for other widths heads of 64 channels."""
+    known = {size.width: size.heads for size in SIZES.values()}
+    if width not in known and width % 64:
+        raise ValueError(f"a width of {width} is neither one of the paper's ({', '.join(map(str, known))}) nor a multiple of 64")
+    return known.get(width, width // 64)
+
+
+def _sines(positions: int, channels: int, device: torch.device) -> Tensor:
+    """(positions, channels): sines, then cosines, of the position at channels/2 frequencies from 1 down to 1/10000."""
+    # In double precision on the CPU, where it equals the table in the published files bit for bit.
+    frequencies = 10000.0 ** -(torch.arange(channels // 2, dtype=torch.float64) / (channels / 2))
+    angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
+    return torch.cat([angles.sin(), angles.cos()], -1).float().to(device)
+
+
+def position_table(height: int, width: int, channels: int, device: torch.device | None = None) -> Tensor:
+    """(height * width, channels): the fixed positions of a grid of tokens; the column in the first half, the row in the second.
+
+    There is nothing learned in it, so it is computed for the grid at hand and need not be square.
+    """
+    device = device or torch.device("cpu")
+    columns = _sines(width, channels // 2, device).expand(height, -1, -1)
+    rows = _sines(height, channels // 2, device)[:, None].expand(-1, width, -1)
+    return torch.cat([columns, rows], -1).flatten(0, 1)
+
+
+def timestep_features(t: Tensor, shift: int = 0) -> Tensor:
+    """(B, 256) float32: cosines, then sines, of ``t`` (B,) in the unit the network was trained in (0..999, or 0..1 for SiT).
+
+    ``shift`` is subtracted from the number of frequencies that spread over 1..10000: 0 in the paper's code, 1 in diffusers.
+    """
+    half = FREQUENCIES // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
+    angles = t[:, None].float() * torch.exp(-math.log(10000.0) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, width: int, shift: int, layers: dict[str, Any], operations: Any) -> None:
+        super().__init__()
+        self.shift = shift
+        first, second = (operations.Linear(size, width, **layers) for size in (FREQUENCIES, width))
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.mlp(timestep_features(t, self.shift).to(dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """One row per class, and a last one for "no class", which classifier-free guidance needs (section 3.2)."""
+
+    def __init__(self, classes: int, width: int, layers: dict[str, Any], operations: Any) -> None:
+        super().__init__()
+        self.embedding_table = operations.Embedding(classes + 1, width, **layers)
+
+    def forward(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.embedding_table(y, out_dtype=dtype).to(dtype)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int, layers: dict[str, Any], operations: Any) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = operations.Linear(width, 3 * width, **layers)
+        self.proj = operations.Linear(width, width, **layers)
+
+    def forward(self, x: Tensor, transformer_options: TransformerOptions) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)  # (B, T, D) each
+        return self.proj(host.optimized_attention(q, k, v, self.heads, transformer_options=transformer_options))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, width: int, heads: int, layers: dict[str, Any], operations: Any) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = operations.Linear(width, width, **layers)
+        self.kv = operations.Linear(width, 2 * width, **layers)
+        self.proj = operations.Linear(width, width, **layers)
+
+    def forward(self, x: Tensor, condition: Tensor, transformer_options: TransformerOptions) -> Tensor:
+        k, v = self.kv(condition).chunk(2, -1)  # (B, 2, D) each
+        mixed = host.optimized_attention(self.q(x), k, v, self.heads, transformer_options=transformer_options)
+        return self.proj(mixed)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, layers: dict[str, Any], operations: Any) -> None:
+        super().__init__()
+        self.fc1 = operations.Linear(width, MLP_RATIO * width, **layers)
+        self.fc2 = operations.Linear(MLP_RATIO * width, width, **layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(B, T, D) scaled and shifted per channel by (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class DiTBlock(nn.Module):
+    """A transformer block whose ``forward`` takes tokens (B, T, D) and what its design conditions on.
+
+    That is the sum of the embeddings (B, D) for adaLN and adaLN-Zero, both of them (B, 2, D) for cross-attention, and is
+    not used in-context, where they are in the sequence.
+    """
+
+    # The cross-attention design's second attention looks at the timestep too, which must not be frozen.
+    block_layout = BlockLayout(("attn",), (), "proj")
+
+    def __init__(
+        self, width: int, heads: int, design: Conditioning, mlp_eps: float, layers: dict[str, Any], operations: Any
+    ) -> None:
+        super().__init__()
+        plain = design in (Conditioning.IN_CONTEXT, Conditioning.CROSS_ATTENTION)
+        self.norm1 = operations.LayerNorm(width, eps=EPS, elementwise_affine=plain, **layers)
+        self.attn = SelfAttention(width, heads, layers, operations)
+        if design is Conditioning.CROSS_ATTENTION:
+            self.norm_cross = operations.LayerNorm(width, eps=EPS, elementwise_affine=True, **layers)
+            self.cross_attn = CrossAttention(width, heads, layers, operations)
+        self.norm2 = operations.LayerNorm(width, eps=mlp_eps, elementwise_affine=plain, **layers)
+        self.mlp = Mlp(width, layers, operations)
+        if not plain:
+            parts = 6 if design is Conditioning.ADALN_ZERO else 4
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), operations.Linear(width, parts * width, **layers))
+        self.design = design
+
+    def forward(self, x: Tensor, c: Tensor, transformer_options: TransformerOptions) -> Tensor:
+        if self.design is Conditioning.ADALN_ZERO:
+            shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, -1)
+            x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), transformer_options)
+            return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        if self.design is Conditioning.ADALN:
+            shift1, scale1, shift2, scale2 = self.adaLN_modulation(c).chunk(4, -1)
+            x = x + self.attn(modulate(self.norm1(x), shift1, scale1), transformer_options)
+            return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = x + self.attn(self.norm1(x), transformer_options)
+        if self.design is Conditioning.CROSS_ATTENTION:
+            x = x + self.cross_attn(self.norm_cross(x), c, transformer_options)
+        return x + self.mlp(self.norm2(x))
+
+
+class FinalLayer(nn.Module):
+    """Layer norm, adaptive where the blocks' norms are, and a linear decoder to patches."""
+
+    def __init__(self, width: int, outputs: int, adaptive: bool, layers: dict[str, Any], operations: Any) -> None:
+        super().__init__()
+        self.norm_final = operations.LayerNorm(width, eps=EPS, elementwise_affine=not adaptive, **layers)
+        self.linear = operations.Linear(width, outputs, **layers)
+        if adaptive:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), operations.Linear(width, 2 * width, **layers))
+        self.adaptive = adaptive
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x = self.norm_final(x)
+        if self.adaptive:
+            x = modulate(x, *self.adaLN_modulation(c).chunk(2, -1))
+        return self.linear(x)
+
+
+class PatchEmbedder(nn.Module):
+    def __init__(self, channels: int, width: int, patch: int, layers: dict[str, Any], operations: Any) -> None:
+        super().__init__()
+        self.proj = operations.Conv2d(channels, width, kernel_size=patch, stride=patch, **layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, T, D)
+
+
+class DiT(nn.Module):
+    """The network.
+
+    Args:
+        depth, width, heads: blocks, channels of a token, attention heads (``SIZES``).
+        patch_size: side of a patch, in latent pixels.
+        classes: without the null class, whose index is ``classes``.
+        in_channels, out_channels: of the latent; twice as many come out where the variance is learned (section 3.1).
+        conditioning: one of the four designs.
+        frequency_shift, mlp_eps: the two details in which diffusers' network differs from the paper's (1 and 1e-5 there).
+        operations: a class of layers of ``comfy.ops``.
+    """
+
+    network_layout = NetworkLayout("DiT", (("blocks", "block"),))
+
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        heads: int,
+        patch_size: int,
+        classes: int = 1000,
+        in_channels: int = 4,
+        out_channels: int = 8,
+        conditioning: str = Conditioning.ADALN_ZERO.value,
+        frequency_shift: int = 0,
+        mlp_eps: float = EPS,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+        operations: Any = host.plain_operations,
+    ) -> None:
+        super().__init__()
+        layers = {"dtype": dtype, "device": device}
+        self.dtype = dtype
+        self.width = width
+        self.patch_size = patch_size
+        self.classes = classes
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.conditioning = Conditioning(conditioning)
+        adaptive = self.conditioning in (Conditioning.ADALN, Conditioning.ADALN_ZERO)
+        self.x_embedder = PatchEmbedder(in_channels, width, patch_size, layers, operations)
+        self.t_embedder = TimestepEmbedder(width, frequency_shift, layers, operations)
+        self.y_embedder = LabelEmbedder(classes, width, layers, operations)
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, self.conditioning, mlp_eps, layers, operations) for _ in range(depth))
+        self.final_layer = FinalLayer(width, patch_size * patch_size * out_channels, adaptive, layers, operations)
+
+    @property
+    def learns_variance(self) -> bool:
+        return self.out_channels == 2 * self.in_channels
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor, transformer_options: TransformerOptions | None = None) -> Tensor:
+        """Noise (and variance) of a latent.
+
+        Args:
+            x: (B, in_channels, H, W), of any size; one that is no multiple of the patch is padded.
+            timesteps: (B,), of any number type.
+            y: (B,) int class indices; ``classes`` is the null class.
+            transformer_options: of ComfyUI; patches that replace a block are called as in ComfyUI's own transformers.
+
+        Returns:
+            (B, out_channels, H, W): first the prediction, then, where it is learned, the variance's interpolation.
+        """
+        options = {} if transformer_options is None else transformer_options.copy()
+        height, width = x.shape[-2:]
+        x = host.pad_to_patch_size(x, (self.patch_size, self.patch_size))
+        grid = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
+
+        t = self.t_embedder(timesteps, x.dtype)  # (B, D)
+        label = self.y_embedder(y, x.dtype)  # (B, D)
+        both = torch.stack([t, label], 1)  # (B, 2, D)
+        c = both if self.conditioning is Conditioning.CROSS_ATTENTION else t + label
+        tokens = self.x_embedder(x) + position_table(*grid, self.width, x.device).to(x.dtype)  # (B, T, D)
+        if self.conditioning is Conditioning.IN_CONTEXT:
+            tokens = torch.cat([tokens, both], 1)
+        tokens = self._through_blocks(tokens, c, options)[:, : grid[0] * grid[1]]
+        return self._unpatched(self.final_layer(tokens, c), grid)[..., :height, :width]
+
+    def _through_blocks(self, x: Tensor, c: Tensor, options: TransformerOptions) -> Tensor:
+        replacements = options.get("patches_replace", {}).get("dit", {})
+        patches = options.get("patches", {}).get("double_block", [])
+        options["total_blocks"] = len(self.blocks)
+        options["block_type"] = "double"
+        for index, block in enumerate(self.blocks):
+            options["block_index"] = index
+            replacement = replacements.get(("double_block", index))
+            if replacement is None:
+                x = block(x, c, options)
+            else:
+                arguments = {"img": x, "vec": c, "transformer_options": options}
+                x = replacement(arguments, {"original_block": _as_original(block)})["img"]
+            for patch in patches:
+                arguments = {"img": x, "vec": c, "block_index": index, "img_offset": 0, "transformer_options": options}
+                x = patch(arguments)["img"]
+        return x
+
+    def _unpatched(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, T, p * p * C) -> (B, C, H, W)."""
+        p = self.patch_size
+        x = x.unflatten(-1, (p, p, self.out_channels)).unflatten(1, grid)  # (B, h, w, p, q, C)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.out_channels, grid[0] * p, grid[1] * p)
+
+
+def _as_original(block: nn.Module) -> Callable[[dict[str, Any]], dict[str, Tensor]]:
+    """A block as ComfyUI hands it to a replacement."""
+    return lambda args: {"img": block(args["img"], args["vec"], args["transformer_options"])}

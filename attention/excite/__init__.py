@@ -1,0 +1,25 @@
+"""Attend-and-Excite: early steps nudge the latent so that no subject is neglected."""
+
+from .guider import ExciteGuider
+from .layers import check_network, guided_layers, guided_names
+from .losses import Loss, LossSettings
+from .objective import ExciteObjective
+from .run import ExciteRun
+from .settings import ExciteSettings, parse_thresholds
+from .subjects import GuidedPrompt, Subject, guided_prompts
+
+__all__ = [
+    "ExciteGuider",
+    "ExciteObjective",
+    "ExciteRun",
+    "ExciteSettings",
+    "GuidedPrompt",
+    "Loss",
+    "LossSettings",
+    "Subject",
+    "check_network",
+    "guided_layers",
+    "guided_names",
+    "guided_prompts",
+    "parse_thresholds",
+]

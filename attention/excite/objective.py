@@ -1,0 +1,90 @@
+"""The loss of one entry of the conditioning, measured in a differentiable pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .. import host
+from ..gradient.watch import AttentionCall, Measurements
+from ..networks.grids import resize_maps
+from ..networks.layers import AttentionLayer
+from ..networks.placement import text_placement
+from .losses import Loss, LossSettings, neglect, overlap, self_overlap, strengths, subject_maps, variation
+from .subjects import GuidedPrompt
+
+
+@dataclass
+class ExciteObjective:
+    """Measures one entry of the conditioning in a differentiable pass; see ``gradient.Objective``.
+
+    Attributes:
+        grid: what maps are averaged down to where a network's own are finer; None keeps them.
+        rows_of_text: rows of the conditioning; some models pad it in front.
+        strengths: of every image after a pass, (batch, subjects), filled row by row.
+    """
+
+    prompt: GuidedPrompt
+    settings: LossSettings
+    grid: tuple[int, int] | None
+    batch: int
+    strengths: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.strengths = torch.zeros(self.batch, len(self.prompt.subjects))
+
+    def measure(self, layer: AttentionLayer, call: AttentionCall, rows: Tensor) -> dict[str, Tensor]:
+        place = text_placement(layer, call.context, call.inputs.keys, call.inputs.queries)
+        found: dict[str, Tensor] = {}
+        if place is None:
+            return found
+        inputs = call.inputs
+        queries = inputs.q[:, :, place.rows].float() * inputs.scale
+        if place.text is not None:
+            logits = queries @ inputs.k[:, :, place.text].float().transpose(-1, -2)
+            maps = host.masked_logits(logits, inputs.mask, place.rows, place.text).softmax(-1)
+            found["text"] = maps.sum(1).unflatten(1, place.grid).mean(1)  # of a video: over its frames
+        looks = self.settings.self_overlap and layer.kind in ("self", "joint") and place.grid[0] == 1
+        if place.image is not None and looks:
+            logits = queries @ inputs.k[:, :, place.image].float().transpose(-1, -2)
+            found["image"] = host.masked_logits(logits, inputs.mask, place.rows, place.image).softmax(-1).sum(1)
+        if found:
+            found["heads"] = torch.tensor(inputs.heads)
+        return found
+
+    def loss(self, measurements: Measurements, rows: Tensor) -> Tensor:
+        maps = _mean([found for _, found in measurements], "text")
+        if maps is None:
+            raise RuntimeError("No attention to the text was seen, so there is nothing to guide. Another node may replace it.")
+        if self.grid is not None and self.grid != tuple(maps.shape[1:3]):
+            maps = resize_maps(maps.movedim(-1, 1), self.grid, "area").movedim(1, -1)
+        subjects = subject_maps(maps, self.prompt, self.settings)
+        self.strengths[rows.cpu()] = strengths(subjects).detach().float().cpu()
+        loss = neglect(subjects) if self.settings.loss is Loss.ATTEND_EXCITE else variation(subjects)
+        if self.settings.overlap:
+            loss = loss + self.settings.overlap * overlap(subjects)
+        looks = _mean([found for _, found in measurements], "image")
+        if self.settings.self_overlap and looks is not None:
+            whole = subjects if looks.shape[1] == subjects[0, 0].numel() else _resized(subjects, looks.shape[1])
+            loss = loss + self.settings.self_overlap * self_overlap(whole, looks)
+        return loss
+
+
+def _mean(measured: Sequence[dict[str, Tensor]], name: str) -> Tensor | None:
+    """The plain mean over all heads of all layers."""
+    found = [entry for entry in measured if name in entry]
+    if not found:
+        return None
+    return torch.stack([entry[name] for entry in found]).sum(0) / sum(int(entry["heads"]) for entry in found)
+
+
+def _resized(subjects: Tensor, places: int) -> Tensor:
+    """Subjects' maps on the finer grid of the self-attention (the same shape, ``places`` in all)."""
+    height, width = subjects.shape[-2:]
+    factor = math.sqrt(places / (height * width))
+    size = round(height * factor), round(width * factor)
+    return resize_maps(subjects, size, "bilinear")

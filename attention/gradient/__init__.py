@@ -1,0 +1,13 @@
+"""A differentiable model pass: how a loss on attention changes with the latent."""
+
+from .model_pass import Memory, ModelPass
+from .watch import AttentionCall, Gradient, Measurements, Objective
+
+__all__ = [
+    "AttentionCall",
+    "Gradient",
+    "Measurements",
+    "Memory",
+    "ModelPass",
+    "Objective",
+]

@@ -1,0 +1,7 @@
+"""The pack's logger."""
+
+from __future__ import annotations
+
+import logging
+
+log = logging.getLogger("fovea")

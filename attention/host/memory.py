@@ -1,0 +1,48 @@
+"""Memory as ComfyUI counts it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import comfy.model_sampling
+import comfy.ops
+import comfy.patcher_extension
+import comfy.sample
+import comfy.sampler_helpers
+import comfy.samplers
+import comfy.utils
+import torch
+
+
+def free_system_memory() -> float:
+    """Bytes of RAM that nobody uses."""
+    return float(comfy.model_management.get_free_memory(torch.device("cpu")))
+
+
+def forward_memory(base_model: Any, x: torch.Tensor) -> float:
+    """Bytes that ComfyUI reckons for one forward on ``x``."""
+    return float(base_model.memory_required(list(x.shape)))
+
+
+def empty_cache() -> None:
+    """Give memory that torch holds for later back to the device."""
+    comfy.model_management.soft_empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """ComfyUI's own judgement: on a machine without a GPU it counts no error as out of memory."""
+    kind = comfy.model_management.OOM_EXCEPTION
+    return isinstance(error, torch.OutOfMemoryError) or (kind is not Exception and isinstance(error, kind))
+
+
+def spare_memory(device: torch.device) -> float:
+    """Bytes on ``device`` beyond what ComfyUI keeps free for inference; unlimited on the CPU."""
+    if device.type == "cpu":
+        return float("inf")
+    return comfy.model_management.get_free_memory(device) - comfy.model_management.minimum_inference_memory()
+
+
+def intermediate_device() -> torch.device:
+    """Return the device on which ComfyUI keeps what nodes hand to each other."""
+    return comfy.model_management.intermediate_device()

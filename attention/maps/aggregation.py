@@ -1,0 +1,79 @@
+"""From recorded sums to heat maps, as DAAM aggregates them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..networks.grids import resize_maps
+from .recording import PromptMaps
+
+Size = tuple[int, int]  # height, width
+
+
+def aggregate(
+    maps: PromptMaps, batch: int, positions: Sequence[int] | None, layers: Sequence[str] | None, heads: Sequence[int] | None
+) -> Tensor:
+    """The mean over heads of layers, on the prompt's grid: (tokens, frames, height, width)."""
+    if not maps.layers:
+        raise ValueError("Attention to words was not recorded in this run; only self-attention views are possible.")
+    total, weight = torch.zeros(()), 0
+    for name in maps.layers if layers is None else layers:
+        if name not in maps.layers:
+            raise ValueError(f"Layer '{name}' was not recorded. Recorded: {listed(list(maps.layers))}.")
+        layer = maps.layers[name]
+        chosen = layer.maps[batch]
+        kept = chosen.shape[0]
+        if heads is not None:
+            if kept == 1 and layer.heads > 1:
+                raise ValueError("Single heads were not kept. Switch on 'per_head' in Capture Attention Maps and sample again.")
+            chosen = chosen[[checked_index(head, kept, "head") for head in heads]]
+        if positions is not None:
+            chosen = chosen[:, checked_positions(positions, maps.tokens)]
+        heads_here = layer.heads if heads is None else len(heads)
+        total = total + resize_maps(chosen.float(), maps.grid[1:]).mean(0) * heads_here
+        weight += heads_here
+    if not weight:
+        raise ValueError("No layer or no head is chosen, so there is nothing to show. Leave 'layers' empty to use all of them.")
+    return total / weight
+
+
+def step_map(maps: PromptMaps, step: int) -> Tensor:
+    if maps.step_maps is None:
+        raise ValueError("Single steps were not kept. Switch on 'per_step' in Capture Attention Maps and sample again.")
+    if step not in maps.steps:
+        raise ValueError(f"Step {step} has no map; steps with one: {listed([str(known) for known in maps.steps])}.")
+    return maps.step_maps[maps.steps.index(step)]
+
+
+def on_canvas(maps: Tensor, area: tuple[float, float, float, float] | None, grid: Size, size: Size | None) -> Tensor:
+    """(n, height, width) of the conditioning's own area -> the whole image."""
+    if area is None:
+        return maps if size is None else resize_maps(maps, size)
+    height, width = size or grid
+    top, left = round(area[0] * height), round(area[1] * width)
+    tall, wide = max(round(area[2] * height), 1), max(round(area[3] * width), 1)
+    canvas = maps.new_zeros(maps.shape[0], height, width)
+    part = canvas[:, top : top + tall, left : left + wide]
+    part.copy_(resize_maps(maps, (tall, wide))[:, : part.shape[1], : part.shape[2]])
+    return canvas
+
+
+def cell_at(fraction: float, cells: int) -> int:
+    return min(max(int(fraction * cells), 0), cells - 1)
+
+
+def checked_index(index: int, length: int, what: str) -> int:
+    if not 0 <= index < length:
+        raise ValueError(f"There is no {what} {index}: the recorded run has {length} (0 to {length - 1}).")
+    return index
+
+
+def checked_positions(positions: Sequence[int], tokens: int) -> list[int]:
+    return [checked_index(position, tokens, "token") for position in positions]
+
+
+def listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if names else "none"

@@ -1,0 +1,259 @@
+"""Attention maps of one sampling run: what was recorded, and how it becomes an image.
+
+Aggregation follows DAAM (Tang et al., "What the DAAM: Interpreting Stable Diffusion Using Cross Attention",
+arXiv:2210.04885): attention to one text token is summed over the steps, every head of every layer is resized to the finest
+grid with bicubic interpolation and clamped at zero, and the mean is taken over all heads of all layers.
+
+Tensors: maps are (batch, heads, tokens, frames, height, width), in attention probability summed over steps; ``heads`` is 1
+where a layer's heads are already averaged. A position of ``tokens`` is a position of the text in the network's context.
+Pure torch: this module knows nothing of ComfyUI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..networks.grids import resize_maps
+from .aggregation import Size, aggregate, cell_at, checked_index, checked_positions, listed, on_canvas, step_map
+from .file_format import from_tensors, to_tensors
+from .recording import PromptMaps, Recording
+
+
+class AttnMaps:
+    """The ATTN_MAPS socket: an empty handle until sampling fills it, then the maps of the last run."""
+
+    def __init__(self, recording: Recording | None = None) -> None:
+        self._recording = recording
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttnMaps:
+        """The same handle: ComfyUI copies what hangs on a model, and sampling has to fill the one the preview holds."""
+        return self
+
+    def fill(self, recording: Recording) -> None:
+        """Take over a finished run."""
+        self._recording = recording
+
+    def require(self) -> Recording:
+        """The recording, or an error that says what to do."""
+        if self._recording is None:
+            raise ValueError(
+                "There are no attention maps yet: no sampler has run with the model that comes out of Capture Attention Maps. "
+                "Connect that model to the sampler and take the image from this sampler. If the sampler is cached from an "
+                "earlier run, change its seed."
+            )
+        return self._recording
+
+    # What there is
+
+    @property
+    def steps(self) -> int:
+        """Steps of the run; ``recorded_steps`` says which of them have a map of their own."""
+        return max(len(self.sigmas) - 1, 0)
+
+    @property
+    def sigmas(self) -> list[float]:
+        """Noise levels of the run, steps + 1 numbers."""
+        return self.require().sigmas
+
+    @property
+    def batch(self) -> int:
+        """Images in the batch."""
+        return self.require().batch
+
+    @property
+    def grid(self) -> Size:
+        """Height and width of the finest maps."""
+        return self.require().grid[1:]
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of a video; 1 for images."""
+        return self.require().grid[0]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the artist should know: layers that could not be seen, detail that was dropped."""
+        return self.require().notes
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Plain facts: model, family, kind of attention."""
+        return self.require().meta
+
+    @property
+    def prompts(self) -> list[str]:
+        """Which prompts have maps: "positive", "negative"."""
+        return list(dict.fromkeys(maps.prompt for maps in self.require().prompts))
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the recorded layers, in the network's order."""
+        return list(dict.fromkeys(name for maps in self.require().prompts for name in maps.layers))
+
+    def count(self, prompt: str = "positive") -> int:
+        """Entries of this prompt's conditioning that have maps (several where prompts are combined)."""
+        return sum(maps.prompt == prompt for maps in self.require().prompts)
+
+    def tokens(self, prompt: str = "positive", cond: int = 0) -> int:
+        """Text tokens: the first dimension of ``heat``."""
+        return self.of(prompt, cond).tokens
+
+    def heads(self, layer: str) -> int:
+        """Heads that are kept apart in a layer; 1 where only their mean is."""
+        for maps in self.require().prompts:
+            if layer in maps.layers:
+                return maps.layers[layer].maps.shape[1]
+        raise ValueError(f"Layer '{layer}' was not recorded. Recorded: {listed(self.layers)}.")
+
+    def recorded_steps(self, prompt: str = "positive", cond: int = 0) -> list[int]:
+        """Steps (0 .. steps - 1) that ``convergence`` knows, and ``heat`` where step maps were kept."""
+        return self.of(prompt, cond).steps
+
+    @property
+    def has_text(self) -> bool:
+        """Whether attention to words was recorded at all."""
+        return any(maps.layers for maps in self.require().prompts)
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether ``heat(step=...)`` works."""
+        return any(maps.step_maps is not None for maps in self.require().prompts)
+
+    @property
+    def has_self_attention(self) -> bool:
+        """Whether ``self_attention`` works."""
+        return any(maps.self_attention for maps in self.require().prompts)
+
+    def conditioning(self, prompt: str = "positive") -> list[dict[str, Any]]:
+        """One dict per entry with what the prompt's encoder left there: for ``tokens.prompt_infos``."""
+        return [dict(maps.metadata or {}) for maps in self.require().prompts if maps.prompt == prompt]
+
+    def of(self, prompt: str = "positive", cond: int = 0) -> PromptMaps:
+        """The recording of one entry of a prompt's conditioning."""
+        recording = self.require()
+        found = [maps for maps in recording.prompts if maps.prompt == prompt]
+        if not recording.prompts:
+            why = "; ".join(recording.notes) or "the sampler did not call the model"
+            raise ValueError(f"Nothing could be recorded in this run: {why}.")
+        if not found:
+            raise ValueError(
+                f"No attention was recorded for the {prompt} prompt; recorded: {listed(self.prompts)}. With cfg 1, or after a "
+                "T-GATE gate, the sampler does not compute the negative prompt."
+            )
+        if not 0 <= cond < len(found):
+            raise ValueError(f"The {prompt} prompt has {len(found)} entries; there is no entry {cond}.")
+        return found[cond]
+
+    # Views
+
+    def heat(
+        self,
+        prompt: str = "positive",
+        batch: int = 0,
+        *,
+        cond: int = 0,
+        positions: Sequence[int] | None = None,
+        layers: Sequence[str] | None = None,
+        heads: Sequence[int] | None = None,
+        step: int | None = None,
+        frame: int | None = None,
+        size: Size | None = None,
+    ) -> Tensor:
+        """Attention to each text token as DAAM aggregates it: (tokens, height, width), float32, not normalised.
+
+        Args:
+            batch: which image of the batch.
+            positions: only these tokens, in this order.
+            layers: only these layers (default: all recorded ones).
+            heads: only these heads of each layer (needs ``per_head``).
+            step: the map of one step instead of the sum over steps (needs ``per_step``; over all layers).
+            frame: one latent frame of a video (default: the mean over frames).
+            size: of the result; default ``grid``.
+        """
+        maps = self.of(prompt, cond)
+        index = checked_index(batch, self.batch, "image")
+        if step is not None:
+            if layers is not None or heads is not None:
+                raise ValueError(
+                    "The maps of single steps are kept for all captured layers together. To see one layer step by step, name it "
+                    "in 'layers' of Capture Attention Maps."
+                )
+            chosen = step_map(maps, step)[index].float()
+            chosen = chosen if positions is None else chosen[checked_positions(positions, maps.tokens)]
+        else:
+            chosen = aggregate(maps, index, positions, layers, heads)
+        chosen = chosen.mean(1) if frame is None else chosen[:, checked_index(frame, chosen.shape[1], "frame")]
+        return on_canvas(chosen, maps.area, self.grid, size)
+
+    def self_attention(
+        self,
+        x: float,
+        y: float,
+        *,
+        prompt: str = "positive",
+        batch: int = 0,
+        cond: int = 0,
+        frame: int = 0,
+        size: Size | None = None,
+    ) -> Tensor:
+        """Where the point (x, y), as fractions of width and height, looks in the image: (height, width).
+
+        For a video: the point lies in latent frame ``frame``, and so does the answer.
+        """
+        maps = self.of(prompt, cond)
+        if not maps.self_attention:
+            raise ValueError(
+                "Self-attention was not recorded. Switch on 'self_attention' in Capture Attention Maps and sample again."
+            )
+        index = checked_index(batch, self.batch, "image")
+        finest = max((entry.grid for entry in maps.self_attention), key=lambda grid: grid[1] * grid[2])
+        total = sum(entry.weight for entry in maps.self_attention)
+        answer = torch.zeros(1, *finest[1:])
+        for entry in maps.self_attention:
+            frames, height, width = entry.grid
+            at = min(frame, frames - 1)
+            top, left, tall, wide = maps.area or (0.0, 0.0, 1.0, 1.0)
+            row = cell_at((y - top) / tall, height)
+            column = cell_at((x - left) / wide, width)
+            query = (at * height + row) * width + column
+            looked = entry.matrix[index, query].float().view(frames, height, width)[at]
+            answer += resize_maps(looked[None] * (height * width), finest[1:]) * (entry.weight / total)
+        return on_canvas(answer / (finest[1] * finest[2]), maps.area, self.grid if maps.area else finest[1:], size)[0]
+
+    def convergence(
+        self, words: Sequence[Sequence[int]], *, prompt: str = "positive", batch: int = 0, cond: int = 0
+    ) -> tuple[list[int], Tensor, Tensor]:
+        """How words settle, step by step: steps, change (words, steps), mass (words, steps).
+
+        Each word is a list of token positions. ``change`` is the relative L2 distance of the word's maps to those of the
+        recorded step before (NaN in the first one), ``mass`` the share of all attention that the word gets.
+        """
+        maps = self.of(prompt, cond)
+        if maps.figures is None or not maps.steps:
+            raise ValueError("Nothing was recorded step by step in this run.")
+        index = checked_index(batch, self.batch, "image")
+        mass, change, norm = (getattr(maps.figures, name)[:, index] for name in ("mass", "change", "norm"))
+        rows = [checked_positions(positions, maps.tokens) for positions in words]
+        changes = [(change[:, row].sum(1) / norm[:, row].sum(1).clamp_min(1e-30)).sqrt() for row in rows]
+        masses = [mass[:, row].sum(1) for row in rows]
+        empty = torch.zeros(0, len(maps.steps))
+        return maps.steps, torch.stack(changes) if rows else empty, torch.stack(masses) if rows else empty
+
+    # Saving
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return tensors and text metadata of the last run, as a safetensors file takes them."""
+        return to_tensors(self.require())
+
+    @classmethod
+    def from_state_dict(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> AttnMaps:
+        """Return the handle that ``state_dict`` described.
+
+        Raises:
+            ValueError: the file holds no maps, is damaged, or was written by a newer version.
+        """
+        return cls(from_tensors(tensors, metadata))

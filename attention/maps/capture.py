@@ -1,0 +1,133 @@
+"""Seeing where a network looks while a sampler runs, without changing the image.
+
+One observer stands beside every attention call of the model (``host.with_attention_observer``), recomputes the softmax of
+the layers that were asked for and adds it to the run's sums (``recorder``). Which layer a call belongs to is known from
+hooks on the network's own modules, which stay for the length of one model call; which step, prompt and image it belongs
+to from ComfyUI's batch. Only the sampler's own evaluation of its prompts counts, and of samplers that evaluate a step
+several times only the first one.
+
+Nothing is kept on the model: a run's state is made when sampling starts, and becomes a ``Recording`` in the node's
+``AttnMaps`` when it ends well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from .. import host
+from ..host import ModelOptions, StepClock, TransformerOptions, follow_sampler, log, read_sigma
+from ..networks.layer_names import parse_layers
+from ..networks.layers import AttentionLayer, attention_layers
+from ..networks.table import unknown_network_message
+from .attn_maps import AttnMaps
+from .observer import ModelCall
+from .recorder import CaptureRun
+from .settings import CaptureSettings
+
+KEY = "fovea.capture"
+
+
+def chosen_layers(network: torch.nn.Module, text: str) -> list[AttentionLayer]:
+    """The layers that ``text`` names; where it is empty, all but a U-Net's middle block (DAAM's set)."""
+    layers = attention_layers(network)
+    names = list(dict.fromkeys(layer.name for layer in layers))
+    if not text.strip():
+        return [layer for layer in layers if not layer.name.startswith("middle")]
+    if all(layer.kind == "unknown" for layer in layers):
+        raise ValueError(f"layers is '{text}', but {unknown_network_message(network)}. Leave layers empty.")
+    chosen = set(parse_layers(text, names))
+    return [layer for layer in layers if layer.name in chosen]
+
+
+class Capture:
+    """Wrappers of one capture node. Holds settings and the handle to fill; a run's state lives in that run's options.
+
+    Each has a key of its own, so that two capture nodes on one model both see the run.
+    """
+
+    def __init__(self, settings: CaptureSettings, maps: AttnMaps) -> None:
+        self.settings = settings
+        self.maps = maps
+        self.key = f"{KEY}.{uuid4().hex}"
+
+    def outer_sample(
+        self, executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        guider = executor.class_obj
+        run = CaptureRun(self.settings, StepClock.from_sigmas(sigmas), guider)
+        with host.run_scope(guider, self.key, run):
+            result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        self.maps.fill(run.recording())
+        log.info(run.summary())
+        return result
+
+    sampler_sample = staticmethod(follow_sampler)
+
+    def predict_noise(self, executor: Any, x: Tensor, timestep: Tensor, model_options: ModelOptions, seed: Any = None) -> Any:
+        run = host.run_state(model_options, self.key)
+        if run is not None:
+            run.prompts = executor.class_obj.conds
+            sigma, model_options = read_sigma(timestep, model_options)
+            run.begin_evaluation(sigma)
+        return executor(x, timestep, model_options, seed)
+
+    def calc_cond_batch(
+        self, executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: ModelOptions
+    ) -> Any:
+        run: CaptureRun | None = host.run_state(model_options, self.key)
+        if run is None or not run.awaits_main_call or host.run_state(model_options, host.INTERNAL_PASS):
+            return executor(model, conds, x, timestep, model_options)
+        with run.main_call(conds, x):
+            return executor(model, conds, x, timestep, model_options)
+
+    def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        options = host.apply_model_options(args)
+        run: CaptureRun | None = host.run_state(options, self.key)
+        if run is None or run.names is None or host.run_state(options, host.INTERNAL_PASS):
+            return executor(*args, **kwargs)
+        call = self._call(run, executor.class_obj, args, kwargs, options)
+        if call is None:
+            return executor(*args, **kwargs)
+        watched = host.with_attention_observer(options, call.observe)
+        swapped = call.layout.drops_options if call.layout is not None else ()
+        if swapped and host.in_worker_thread(options):
+            run.note(f"the attention of {call.layout.family if call.layout else ''} cannot be seen on several GPUs at once")
+            swapped = ()
+        with call.watching(), host.options_for_attention(swapped, watched):
+            return executor(*host.with_apply_model_options(args, watched), **kwargs)
+
+    def _call(
+        self, run: CaptureRun, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], options: TransformerOptions
+    ) -> ModelCall | None:
+        """This model call, or None where it is not to be recorded."""
+        with run.lock:
+            layers = self._layers(run, model)
+            tracks = run.tracks_for(options) if layers else None
+        if tracks is None:
+            return None
+        call = ModelCall(run, model, layers, tracks, args, kwargs, options)
+        run.meta.setdefault("model", type(model).__name__)
+        run.meta.setdefault("family", call.layout.family if call.layout else "")
+        gate = host.gate_step(options)
+        if gate is not None:
+            run.meta["tgate_gate"] = gate
+        return call
+
+    def _layers(self, run: CaptureRun, model: Any) -> list[AttentionLayer]:
+        """The layers of a model that are recorded; looked up once a run."""
+        if id(model) not in run.layers:
+            layers: list[AttentionLayer] = []
+            if host.is_compiled(model):
+                run.note("the model is compiled, so its attention cannot be seen: take the compile node out to capture it")
+            else:
+                layers = chosen_layers(host.diffusion_model(model), self.settings.layers)
+                if not self.settings.self_attention:
+                    layers = [layer for layer in layers if layer.kind != "self"]
+            run.layers[id(model)] = layers
+            run.order = list(dict.fromkeys([*run.order, *(layer.name for layer in layers)]))
+        return run.layers[id(model)]

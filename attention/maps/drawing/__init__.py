@@ -1,0 +1,1 @@
+"""Drawing: images of maps, charts, colours and captions."""

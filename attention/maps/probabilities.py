@@ -1,0 +1,25 @@
+"""Attention probabilities recomputed beside ComfyUI's attention: softmax(q k^T * scale + mask), float32, in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from .. import host
+from ..host import AttentionInputs
+
+# A chunk of rows: 64 MB of logits, besides the same again for their softmax.
+_CHUNK_ELEMENTS = 16 * 1024 * 1024
+
+
+def row_probabilities(inputs: AttentionInputs, rows: slice) -> Iterator[tuple[int, Tensor]]:
+    """Chunks of the queries ``rows``: offset from the first of them, and (batch, heads, chunk, keys); each row sums to 1."""
+    first, last, _ = rows.indices(inputs.queries)
+    size = max(_CHUNK_ELEMENTS // (inputs.batch * inputs.heads * inputs.keys), 1)
+    keys = inputs.k.float().transpose(-1, -2)
+    for start in range(first, last, size):
+        end = min(start + size, last)
+        logits = (inputs.q[:, :, start:end].float() * inputs.scale) @ keys
+        logits = host.masked_logits(logits, inputs.mask, slice(start, end))
+        yield start - first, logits.softmax(dim=-1)

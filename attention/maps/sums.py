@@ -1,0 +1,174 @@
+"""Sums of attention over one sampling run.
+
+A ``Track`` holds the sums of one entry of a prompt's conditioning. Tensors: sums are (batch of one prompt, heads, text
+tokens, frames, height, width), float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..networks.grids import Grid, resize_maps
+
+# Self-attention is kept on a grid of at most so many tokens.
+SELF_TOKENS = 32 * 32
+
+
+@dataclass
+class LayerSum:
+    """Attention of one layer to one prompt, summed over steps; ``heads`` of the network, kept apart or already averaged."""
+
+    heads: int
+    total: Tensor
+
+    def add(self, maps: Tensor) -> None:
+        """Add one call's maps; where a node shrinks the image in some steps, on the finer of both grids."""
+        if maps.shape[-2] * maps.shape[-1] > self.total.shape[-2] * self.total.shape[-1]:
+            self.total = resize_maps(self.total, grid_of(maps)[1:])
+        self.total += resize_maps(maps, grid_of(self.total)[1:])
+
+
+@dataclass
+class SelfSum:
+    """(batch, queries, keys), summed over heads, layers and steps."""
+
+    weight: int
+    total: Tensor
+
+
+@dataclass
+class Track:
+    """Everything that one entry of a prompt's conditioning gets.
+
+    Attributes:
+        step: this step's maps by grid: the sum over layers and heads, and how many went in.
+        before: the last step's maps on the finest grid, (batch, tokens, frames, height, width).
+        step_maps: every step's, in half precision, where they were made: each copy to the CPU would be waited for.
+    """
+
+    prompt: str
+    rows: int
+    area: tuple[float, float, float, float] | None
+    metadata: dict[str, Any] | None
+    layers: dict[str, LayerSum] = field(default_factory=dict)
+    self_sums: dict[Grid, SelfSum] = field(default_factory=dict)
+    step: dict[Grid, tuple[Tensor, int]] = field(default_factory=dict)
+    before: Tensor | None = None
+    steps: list[int] = field(default_factory=list)
+    step_maps: list[Tensor] = field(default_factory=list)
+    figures: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def finest(self) -> Grid:
+        grids = (grid_of(layer.total) for layer in self.layers.values())
+        return max(grids, key=lambda grid: grid[1] * grid[2])
+
+    @property
+    def bytes(self) -> int:
+        tensors = [*(layer.total for layer in self.layers.values()), *(entry.total for entry in self.self_sums.values())]
+        tensors += [*self.step_maps, *(maps for maps, _ in self.step.values())]
+        tensors += [] if self.before is None else [self.before]
+        return sum(size_of(tensor) for tensor in tensors)
+
+    def finish_step(self, step: int, keep_maps: bool) -> None:
+        """Take this step's maps together on the finest grid."""
+        if not self.step:
+            return
+        size = self.finest[1:]
+        weight = sum(heads for _, heads in self.step.values())
+        maps = torch.stack([resize_maps(total, size) for total, _ in self.step.values()]).sum(0) / weight
+        self.step.clear()
+        before = self.before if self.before is not None and self.before.shape == maps.shape else None
+        change = torch.full_like(maps[..., 0, 0, 0], math.nan) if before is None else (maps - before).square().sum((2, 3, 4))
+        self.figures.append((maps.mean((2, 3, 4)), change, maps.square().sum((2, 3, 4))))
+        self.steps.append(step)
+        self.before = maps
+        if keep_maps:
+            self.step_maps.append(maps.half())
+
+    def average_heads(self) -> None:
+        for layer in self.layers.values():
+            layer.total = layer.total.mean(1, keepdim=True)
+
+    def lower(self, side: int, self_tokens: int) -> None:
+        """Pool maps so that no side is longer than ``side``, and self-attention to at most ``self_tokens`` tokens."""
+        for layer in self.layers.values():
+            layer.total = pooled(layer.total, side)
+        self.step_maps = [pooled(maps, side) for maps in self.step_maps]
+        self.before = None if self.before is None else pooled(self.before, side)
+        step, self.step = self.step, {}
+        for maps, heads in step.values():
+            self.add_step(pooled(maps, side), heads)
+        self_sums, self.self_sums = self.self_sums, {}
+        for grid, entry in self_sums.items():
+            self.add_self(*pooled_self(entry.total, grid, self_tokens), entry.weight)
+
+    def add_step(self, maps: Tensor, heads: int) -> None:
+        grid = grid_of(maps)
+        known = self.step.get(grid)
+        self.step[grid] = (maps, heads) if known is None else (known[0] + maps, known[1] + heads)
+
+    def add_self(self, matrix: Tensor, grid: Grid, weight: int) -> None:
+        known = self.self_sums.get(grid)
+        if known is None:
+            self.self_sums[grid] = SelfSum(weight, matrix.clone())
+        else:
+            known.total += matrix
+            known.weight += weight
+
+
+def grid_of(maps: Tensor) -> Grid:
+    frames, height, width = maps.shape[-3:]
+    return frames, height, width
+
+
+def size_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _lowered(grid: Grid, side: int | None) -> Grid:
+    """The grid halved until no side is longer than ``side``."""
+    frames, height, width = grid
+    while side is not None and max(height, width) > side:
+        height, width = math.ceil(height / 2), math.ceil(width / 2)
+    return frames, height, width
+
+
+def pooled(maps: Tensor, side: int | None) -> Tensor:
+    grid = grid_of(maps)
+    lowered = _lowered(grid, side)
+    return maps if lowered == grid else resize_maps(maps, lowered[1:], "area")
+
+
+def self_grid(grid: Grid, tokens: int) -> Grid:
+    """The grid on which self-attention is kept: halved until it has at most ``tokens`` tokens."""
+    frames, height, width = grid
+    while frames * height * width > tokens and max(height, width) > 1:
+        height, width = math.ceil(height / 2), math.ceil(width / 2)
+    return frames, height, width
+
+
+def pooled_mass(rows: Tensor, grid: Grid, lowered: Grid) -> Tensor:
+    """(..., keys) -> (..., fewer keys), with the same sum (where both sides are even, else nearly)."""
+    if grid == lowered:
+        return rows
+    cells = resize_maps(rows.unflatten(-1, grid), lowered[1:], "area").flatten(-3)
+    return cells * (math.prod(grid) / math.prod(lowered))
+
+
+def pooled_queries(matrix: Tensor, grid: Grid, lowered: Grid) -> Tensor:
+    """(batch, queries, keys) -> (batch, fewer queries, keys), their mean."""
+    if grid == lowered:
+        return matrix
+    return resize_maps(matrix.transpose(1, 2).unflatten(-1, grid), lowered[1:], "area").flatten(-3).transpose(1, 2)
+
+
+def pooled_self(matrix: Tensor, grid: Grid, tokens: int) -> tuple[Tensor, Grid]:
+    """(batch, queries, keys) on a grid -> the same on a grid of at most ``tokens`` tokens."""
+    lowered = self_grid(grid, tokens)
+    return pooled_queries(pooled_mass(matrix, grid, lowered), grid, lowered), lowered

@@ -1,0 +1,77 @@
+"""Grids of image tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from torch.nn.functional import interpolate
+
+from .table import NetworkLayout
+
+Grid = tuple[int, int, int]  # frames, height, width in tokens
+
+
+def token_grid(network: torch.nn.Module, layout: NetworkLayout | None, latent: Sequence[int], tokens: int) -> Grid | None:
+    """The grid of image tokens for a latent (batch, channels, [frames,] height, width).
+
+    Of a network that is convolutional or not in the table: the reduction that gives ``tokens`` tokens, or None.
+    """
+    *frames, height, width = latent[2:]
+    if len(frames) > 1 or not latent[2:]:
+        return None
+    if layout is None or layout.patch is None:
+        grids = (_patched(frames, height, width, (1, patch, patch)) for patch in (1, 2, 4, 8, 16, 32))
+        return next((grid for grid in grids if math.prod(grid) == tokens), None)
+    patch = getattr(network, layout.patch) if layout.patch else 1
+    if isinstance(patch, int):
+        length = getattr(network, "patch_temporal", None) or getattr(network, "patch_size_t", None) or 1
+        return _patched(frames, height, width, (length, patch, patch))
+    return _patched(frames, height, width, (1, 1, *patch)[-3:])
+
+
+def layer_grid(network: torch.nn.Module, layout: NetworkLayout | None, name: str, latent: Sequence[int]) -> Grid | None:
+    """The grid of image tokens in one named layer, known before it runs; None for networks where it is not."""
+    if layout is None:
+        return None
+    if layout.family == "U-Net":
+        block = "middle" if name.startswith("middle") else ".".join(name.split(".")[:2])
+        size = _unet_sizes(network, latent[-2], latent[-1]).get(block)
+        return None if size is None else (1, *size)
+    return token_grid(network, layout, latent, 0) if layout.patch is not None else None
+
+
+def _unet_sizes(network: torch.nn.Module, height: int, width: int) -> dict[str, tuple[int, int]]:
+    """Height and width in each block of a U-Net; every level halves the one before, rounding up."""
+    sizes: list[tuple[int, int]] = []
+    for block in cast(Iterable[torch.nn.Module], network.input_blocks):
+        if any(type(module).__name__ == "Downsample" for module in block.modules()):
+            height, width = math.ceil(height / 2), math.ceil(width / 2)
+        sizes.append((height, width))
+    named = {f"input.{index}": size for index, size in enumerate(sizes)}
+    return {**named, "middle": sizes[-1], **{f"output.{index}": size for index, size in enumerate(reversed(sizes))}}
+
+
+def _patched(frames: Sequence[int], height: int, width: int, patch: Sequence[int]) -> Grid:
+    length = frames[0] if frames else 1
+    return math.ceil(length / patch[0]), math.ceil(height / patch[1]), math.ceil(width / patch[2])
+
+
+Grid = tuple[int, int, int]  # frames, height, width
+
+
+def resize_maps(maps: torch.Tensor, size: Sequence[int], mode: str = "bicubic", *, antialias: bool = False) -> torch.Tensor:
+    """Return maps (..., height, width) at (..., *size), in their own dtype.
+
+    Args:
+        mode: "bicubic", whose undershoot below 0 is cut off as DAAM does; "area", the mean over cells; "bilinear"; "nearest",
+            for labels.
+    """
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    flat = maps.reshape(-1, 1, *maps.shape[-2:])
+    flat = interpolate(flat if flat.dtype == torch.float64 else flat.float(), size=tuple(size), mode=mode, antialias=antialias)
+    flat = flat.clamp_(min=0) if mode == "bicubic" else flat
+    return flat.to(maps.dtype).view(*maps.shape[:-2], *size)

@@ -1,0 +1,79 @@
+"""Stored outputs of attention modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from uuid import UUID
+
+import torch
+
+from ..networks.blocks import AttentionSite
+
+
+@dataclass
+class AttentionCache:
+    """Outputs of attention modules, (batch of one cond, tokens, channels), in the model's dtype.
+
+    ``conds`` has one entry per site and conditioning; ``means`` one per site, the weighted mean of the positive and the
+    negative output; ``halves`` are what a mean still waits for, where the two prompts come in separate model calls.
+    """
+
+    device: torch.device | None
+    conds: dict[tuple[str, UUID], torch.Tensor] = field(default_factory=dict)
+    means: dict[str, torch.Tensor] = field(default_factory=dict)
+    halves: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def store(self, site: str, uuids: list[UUID], output: torch.Tensor) -> None:
+        """Keep each cond's chunk of ``output`` (conds * batch, tokens, channels)."""
+        self.means.pop(site, None)
+        for uuid, chunk in zip(uuids, output.chunk(len(uuids)), strict=True):
+            self.conds[site, uuid] = self._own(chunk)
+
+    def store_mean(self, site: str, shares: list[float], output: torch.Tensor) -> None:
+        """Keep the weighted mean of the two prompts' chunks; a prompt that comes alone waits for the other one."""
+        parts = [chunk * share for chunk, share in zip(output.chunk(len(shares)), shares, strict=True)]
+        if len(parts) == 1 and site not in self.halves:
+            self.halves[site] = parts[0] if self.device is None else parts[0].to(self.device)
+            return
+        other = parts[1] if len(parts) == 2 else self.halves.pop(site).to(output.device)
+        mean = parts[0] + other
+        self.means[site] = mean if self.device is None else mean.to(self.device)
+
+    def begin_store(self, sites: list[AttentionSite]) -> None:
+        """Forget what an earlier evaluation left for these sites, halves that never met their other half included."""
+        self.forget(sites)
+        self.halves.clear()
+
+    def holds(self, site: str, uuids: list[UUID], mean: bool) -> bool:
+        return site in self.means if mean else all((site, uuid) in self.conds for uuid in uuids)
+
+    def load(self, site: str, uuids: list[UUID], like: torch.Tensor, mean: bool) -> torch.Tensor | None:
+        """The stored output for a batch of conds, or None where something is missing or of another shape."""
+        parts = [self.means.get(site) if mean else self.conds.get((site, uuid)) for uuid in uuids]
+        known = [part for part in parts if part is not None and part.shape[1:-1] == like.shape[1:-1]]
+        if len(known) < len(parts) or sum(part.shape[0] for part in known) != like.shape[0]:
+            return None
+        known = [part.to(device=like.device, dtype=like.dtype) for part in known]
+        return known[0] if len(known) == 1 else torch.cat(known)
+
+    def forget(self, sites: list[AttentionSite]) -> None:
+        """Drop everything stored for some sites."""
+        names = {site.name for site in sites}
+        self.means = {name: value for name, value in self.means.items() if name not in names}
+        self.conds = {key: value for key, value in self.conds.items() if key[0] not in names}
+
+    def clear(self) -> None:
+        self.conds.clear()
+        self.means.clear()
+        self.halves.clear()
+
+    @property
+    def bytes(self) -> int:
+        tensors = (*self.conds.values(), *self.means.values(), *self.halves.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _own(self, chunk: torch.Tensor) -> torch.Tensor:
+        """A copy: a chunk is a view of the module's output, which a later patch may write to."""
+        if self.device is None or self.device == chunk.device:
+            return chunk.clone()
+        return chunk.to(self.device)

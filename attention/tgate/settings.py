@@ -1,0 +1,101 @@
+"""The settings of T-GATE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+MAX_SHARE = 3.0
+
+
+class CfgAfterGate(str, Enum):
+    """What happens to classifier-free guidance once the gate is open."""
+
+    DROP_KEEP_POSITIVE = "drop (keep positive)"
+    DROP_KEEP_NEGATIVE = "drop (keep negative, as published)"
+    KEEP = "keep"
+
+
+class Mode(str, Enum):
+    FIXED = "fixed"
+    AUTO = "auto"
+
+
+class CacheDevice(str, Enum):
+    AUTO = "auto"
+    GPU = "gpu"
+    CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class TGateSettings:
+    """What the artist chose.
+
+    Attributes:
+        gate_at: fraction of the run's steps before the gate, in (0, 1]; 1 means never.
+        sp_interval: self-attention is computed every so many steps before the gate (1: always).
+        fi_interval: the same from the gate on.
+        warm_up: steps at the start in which self-attention is always computed.
+        positive_share: how much of the positive prompt's attention is in what the gate stores, the rest being the negative's:
+            0.5 is the mean, as published; 1 the positive alone; above 1 away from the negative. Only where one is dropped, and
+            not where guidance is kept: then it is the kept prompt's own.
+        refresh_every: from the gate on, every so many steps are computed in full; 0: none, as published.
+        tolerance: auto mode only; the gate opens once cross-attention changes by less than this from one step to the
+            next (relative L2 norm over all modules), and by less than half of the run's largest change.
+    """
+
+    gate_at: float = 0.4
+    cfg_after_gate: CfgAfterGate = CfgAfterGate.DROP_KEEP_POSITIVE
+    sp_interval: int = 5
+    fi_interval: int = 1
+    warm_up: int = 2
+    mode: Mode = Mode.FIXED
+    tolerance: float = 0.05
+    cache_device: CacheDevice = CacheDevice.AUTO
+    positive_share: float = 0.5
+    refresh_every: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gate_at <= 1:
+            raise ValueError(
+                f"gate_at is {self.gate_at:g}, but something has to be computed before it can be reused: "
+                "choose more than 0 (0.4 reuses after 40 % of the steps), or 1 to switch T-GATE off."
+            )
+        for name in ("sp_interval", "fi_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it counts steps, so use 1 (always compute) or more.")
+        if self.warm_up < 0:
+            raise ValueError(f"warm_up is {self.warm_up}: it counts steps, so use 0 or more.")
+        if not 0 <= self.positive_share <= MAX_SHARE:
+            raise ValueError(
+                f"positive_share is {self.positive_share:g}: use 0.5 (the mean of both prompts, as published), 1 (the positive "
+                f"prompt alone), or at most {MAX_SHARE:g}."
+            )
+        if self.refresh_every < 0 or self.refresh_every == 1:
+            raise ValueError(
+                f"refresh_every is {self.refresh_every}: use 0 (never), or 2 or more steps from one full step to the next. "
+                "(1 would compute everything: for that, set gate_at to 1.)"
+            )
+        if self.mode is Mode.AUTO and not self.tolerance > 0:
+            raise ValueError(f"tolerance is {self.tolerance:g}: auto mode needs more than 0 (0.05 is a good start).")
+
+    @property
+    def drops_cfg(self) -> bool:
+        return self.cfg_after_gate is not CfgAfterGate.KEEP
+
+    @property
+    def keeps_guidance(self) -> bool:
+        return self.drops_cfg and self.refresh_every > 0
+
+    @property
+    def averages_self_attention(self) -> bool:
+        """Whether intervals before the gate keep one mean for both prompts, where there is one of each."""
+        return self.cfg_after_gate is CfgAfterGate.DROP_KEEP_POSITIVE and not self.keeps_guidance
+
+    def refreshes(self, steps_since_gate: int) -> bool:
+        """Whether a step at or after the gate is computed in full again."""
+        return self.refresh_every > 0 and (steps_since_gate + 1) % self.refresh_every == 0
+
+    def gate_step(self, steps: int) -> int:
+        """The first step that reuses cross-attention; at least 1, since one step has to fill the cache."""
+        return max(round(self.gate_at * steps), 1)
