@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.sample
 import comfy.samplers
+import families.dit
 import host_inprocess
 import pytest
 import torch
@@ -19,10 +20,16 @@ from safetensors.torch import save_file
 
 host_inprocess.load_pack()
 
-from fovea_attention.attention import dit, dit_diffusers, dit_files, dit_host, dit_labels, dit_sampling, sites  # noqa: E402, F401 (for the tests)
+from fovea_attention.attention import networks as sites  # noqa: E402, F401 (for the tests)
+from fovea_attention.attention.dit import checkpoint as dit_files  # noqa: E402, F401 (for the tests)
+from fovea_attention.attention.dit import diffusers_keys as dit_diffusers  # noqa: E402, F401 (for the tests)
+from fovea_attention.attention.dit import labels as dit_labels  # noqa: E402, F401 (for the tests)
+from fovea_attention.attention.dit import model as dit_host  # noqa: E402, F401 (for the tests)
+from fovea_attention.attention.dit import network as dit  # noqa: E402, F401 (for the tests)
+from fovea_attention.attention.dit import sampler as dit_sampling  # noqa: E402, F401 (for the tests)
 
 DiT = dit.DiT
-load_dit = dit_host.load_dit
+from fovea_attention.attention.dit import load_dit  # noqa: E402, F401
 
 Weights = dict[str, torch.Tensor]
 
@@ -41,16 +48,9 @@ def inputs(height: int = 8, width: int = 8, batch: int = 3) -> tuple[torch.Tenso
 
 
 def diffusers_network(seed: int = 0) -> Any:
-    """diffusers' own, with seeded weights and the embedders shared by all blocks, as in every converted checkpoint."""
-    torch.manual_seed(seed)
-    diffusers = pytest.importorskip("diffusers", reason="an older Python, for which there is none")
-    theirs = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=64, num_layers=3, out_channels=8, sample_size=8, num_embeds_ada_norm=1000
-    ).eval()
-    first = theirs.transformer_blocks[0].norm1.emb.state_dict()
-    for block in theirs.transformer_blocks:
-        block.norm1.emb.load_state_dict(first)
-    return theirs
+    """Build diffusers' own tiny network."""
+    pytest.importorskip("diffusers", reason="an older Python, for which there is none")
+    return families.dit.diffusers_network(seed)
 
 
 def write(path: Path, content: Any) -> str:
@@ -200,7 +200,7 @@ class Published:
             largest, smallest = math.log(beta), math.log(beta * (1 - following) / (1 - bar))
             log_variance = (v + 1) / 2 * largest + (1 - v) / 2 * smallest
             x = mean + torch.exp(log_variance / 2) * noises[index]
-        raise AssertionError("the last step ends at the picture")
+        raise AssertionError("the last step ends at the image")
 
 
 def spaced(count: int) -> list[int]:
@@ -208,7 +208,7 @@ def spaced(count: int) -> list[int]:
     return [round(index * 999 / (count - 1)) for index in reversed(range(count))]
 
 
-# --- on the host ----------------------------------------------------------------------------------------------------------
+# --- on ComfyUI ----------------------------------------------------------------------------------------------------------
 
 
 def labels(*indices: int) -> list[list[Any]]:

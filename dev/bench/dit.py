@@ -34,22 +34,6 @@ XL = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28}
 TINY = {"num_attention_heads": 2, "attention_head_dim": 64, "num_layers": 3}
 
 
-def diffusers_network(layout: dict[str, int], size: int) -> Any:
-    """Build diffusers' network with random weights and one embedder for all blocks, as in every converted checkpoint."""
-    from diffusers import DiTTransformer2DModel
-
-    torch.manual_seed(0)
-    transformer: Any = DiTTransformer2DModel
-    network = transformer(**layout, out_channels=8, sample_size=size // 8, num_embeds_ada_norm=1000).eval()
-    first = network.transformer_blocks[0].norm1.emb
-    for block in network.transformer_blocks:
-        block.norm1.emb = first
-    for name, parameter in network.named_parameters():
-        if name.startswith("proj_out"):  # made as zeros
-            parameter.data.normal_(0, 0.02)
-    return network.requires_grad_(False)
-
-
 def loaded(network: Any) -> Any:
     """Load the same weights through Load DiT, as from a file."""
     load_pack()
@@ -147,9 +131,10 @@ def runs(
 ) -> dict[str, Callable[[], Tensor]]:
     """Return the sides, after comparing their latents."""
     load_pack()
+    from families.dit import diffusers_network  # imports ComfyUI, which has been started by now
     from fovea_attention.attention.dit import load_dit
 
-    network = diffusers_network(layout, size)
+    network = diffusers_network(size=size, **layout)
     model = loaded(network)
     known = model.get_model_object("model_sampling").sigmas.cpu()
     timesteps = torch.linspace(len(known) - 1, 0, steps + 1).round().long()[:-1]

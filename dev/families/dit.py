@@ -1,4 +1,4 @@
-"""Build tiny random DiTs and SiTs, loaded and prompted by the pack's own nodes."""
+"""Build random DiTs and SiTs, the pack's and diffusers', and families of tiny ones that the pack's own nodes load and prompt."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from families.family import Conditioning, randomise
 
 TINY: dict[str, Any] = {"depth": 3, "width": 128, "heads": 2, "patch_size": 2, "classes": 1000}
 
+TINY_DIFFUSERS = {"num_attention_heads": 2, "attention_head_dim": 64, "num_layers": 3}  # the same in diffusers' words
+
 
 def tiny(seed: int = 0, **changes: Any) -> Any:
     """Build the pack's network with seeded weights."""
@@ -25,6 +27,29 @@ def tiny(seed: int = 0, **changes: Any) -> Any:
     randomise(network, seed)
     network.y_embedder.embedding_table.weight.mul_(8)  # a class that shows in the image
     return network.eval()
+
+
+def diffusers_network(seed: int = 0, size: int = 64, **layout: int) -> Any:
+    """Build diffusers' network with seeded weights, and embedders alike in all blocks, as in every converted checkpoint.
+
+    Args:
+        size: pixels of an image's side.
+        layout: heads, channels of a head and layers; tiny by default.
+    """
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(seed)
+    transformer: Any = DiTTransformer2DModel
+    network = transformer(
+        **{**TINY_DIFFUSERS, **layout}, out_channels=8, sample_size=size // 8, num_embeds_ada_norm=TINY["classes"]
+    ).eval()
+    first = network.transformer_blocks[0].norm1.emb.state_dict()
+    for block in network.transformer_blocks:
+        block.norm1.emb.load_state_dict(first)
+    for name, parameter in network.named_parameters():
+        if name.startswith("proj_out"):  # made as zeros
+            parameter.data.normal_(0, 0.02)
+    return network.requires_grad_(False)
 
 
 @dataclass(frozen=True)
