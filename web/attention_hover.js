@@ -1,6 +1,6 @@
 // Hovering over an image of "Attention Map Preview" shows the words with the most attention there, and their share of it.
 //
-// The node writes a small file of word maps to ComfyUI's temp folder (its format: attention/pointing.py) and names it in
+// The node writes a small file of word maps to ComfyUI's temp folder (its format: attention/maps/hover.py) and names it in
 // its output as `fovea_words`. This file only listens and shows a box of its own. It changes nothing in the front end, and
 // shows nothing in a front end that lacks what it needs.
 
