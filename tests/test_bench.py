@@ -167,7 +167,7 @@ def test_the_front_is_what_no_other_beats():
     assert {name.removeprefix("T-GATE, ") for name in pareto.front(points)} == {"a", "b", "c"}
 
 
-def test_similarity_of_pictures():
+def test_similarity_of_images():
     from bench.similarity import peak_signal_to_noise, structural_similarity
 
     picture = torch.rand(2, 176, 176, 3, generator=torch.Generator().manual_seed(0))
@@ -176,10 +176,19 @@ def test_similarity_of_pictures():
     assert torch.allclose(same, torch.ones(2)) and (other < 0.9).all()
 
 
+def test_a_variant_without_reuse_finds_no_attention_to_reuse(pack):
+    from fovea_attention.attention.tgate import run
+
+    found = run.attention_sites
+    with next(variant for variant in pareto.VARIANTS if not variant.reuses).sampling():
+        assert run.attention_sites(None) == []
+    assert run.attention_sites is found
+
+
 def test_pareto_on_the_embedded_model(tmp_path):
     """Every kind of variant runs, and is faster in the sense that it computes less."""
     chosen = [pareto.VARIANTS[0], *(next(one for one in pareto.VARIANTS[1:] if one.kind == kind) for kind in pareto.KINDS)]
-    found = pareto.measure_pictures(chosen, 2, steps=8, cfg=5.0)
+    found = pareto.measure_images(chosen, 2, steps=8, cfg=5.0)
     assert [one.variant.kind for one in found] == [pareto.PLAIN, *pareto.KINDS]
     assert found[0].ms_ssim == pytest.approx(1) and all(
         one.psnr < 60 for one in found if one.variant.kind in ("T-GATE", "fewer steps")

@@ -141,7 +141,7 @@ class Setup:
         images = (torch.zeros_like(case.latent(0)), base_model.process_latent_out(case.latent(3)))
         ran = Ran()
         began = now()
-        with torch.inference_mode(), metered(self.distill._Run, "after_step", ran, meter):
+        with torch.inference_mode(), metered(self.distill.DistillRun, "after_step", ran, meter):
             output, _, report = pack_nodes()["AttentionDistillSampler"].execute(
                 Noise(case.latent(0)), guider, comfy.samplers.sampler_object("euler"), self.sigmas(case.steps),
                 *({"samples": image} for image in images), [[case.prompt(4), {}]], iterations=case.iterations,

@@ -56,9 +56,9 @@ class Variant:
     def sampling(self) -> AbstractContextManager[Any]:
         """Sample as this variant while it lasts."""
         load_pack()
-        from fovea_attention.attention import tgate
+        from fovea_attention.attention.tgate import run
 
-        return nullcontext() if self.reuses else mock.patch.object(tgate, "attention_sites", lambda network: [])
+        return nullcontext() if self.reuses else mock.patch.object(run, "attention_sites", lambda network: [])
 
 
 def t_gate(settings: str, *, reuses: bool = True, **inputs: Any) -> Variant:
