@@ -19,7 +19,7 @@ DECODER_REACH = 18
 
 
 def seamless(model: Any) -> Any:
-    """A clone of a MODEL that samples seamless images.
+    """Return a clone of a MODEL that samples seamless images.
 
     Raises:
         ValueError: the network is no U-Net.
@@ -39,7 +39,7 @@ def seamless(model: Any) -> Any:
 
 
 def decode_seamless(vae: Any, latent: Tensor) -> Tensor:
-    """Images (batch, height, width, 3) of a latent (batch, channels, height, width) that repeats without a seam.
+    """Return images (batch, height, width, 3) of a latent (batch, channels, height, width) that repeats without a seam.
 
     The latent is decoded with as much of its repetitions around it as the decoder's convolutions see.
 

@@ -70,7 +70,7 @@ def host_version() -> str:
 
 @pytest.fixture(scope="session")
 def pack() -> ModuleType:
-    """The pack, imported the way the host imports a custom node folder."""
+    """The pack, imported the way ComfyUI imports a custom node folder."""
     return host_inprocess.load_pack()
 
 
@@ -82,7 +82,7 @@ def node_classes(pack: ModuleType) -> dict[str, type]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostServer]:
-    """A real server of the host under test, with its front end, the pack and the embedded model; one for all tests."""
+    """A real server of ComfyUI under test, with its front end, the pack and the embedded model; one for all tests."""
     with HostServer(HOST, tmp_path_factory.mktemp("server"), arguments=environment.front_end_arguments(HOST)) as running:
         yield running
 

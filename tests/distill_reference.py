@@ -18,7 +18,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Time:
-    """z_t = alpha * clean + sigma * noise; ``t`` is what the network is told; ``host`` the host's name for this noise level."""
+    """z_t = alpha * clean + sigma * noise; ``t`` is what the network is told; ``host`` ComfyUI's name for this noise level."""
 
     alpha: float
     sigma: float
@@ -53,7 +53,7 @@ class Official:
     Attributes:
         layers: (first, last) among the self-attentions in order of execution, as in their ``Controller``.
         prediction: "eps", "v" or "flow".
-        noise: (like, sigma of the host, purpose, place) -> the noise of one reference.
+        noise: (like, sigma of ComfyUI, purpose, place) -> the noise of one reference.
     """
 
     network: torch.nn.Module

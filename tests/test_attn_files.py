@@ -1,4 +1,4 @@
-"""Saving and loading attention maps: nothing is lost, and nothing outside the host's folders is read or written."""
+"""Saving and loading attention maps: nothing is lost, and nothing outside ComfyUI's folders is read or written."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def maps(pack: Any) -> Any:
     return module.AttnMaps(module.Recording([14.6, 1.0, 0.0], 1, (1, 4, 6), [prompt], ["a note"], {"model": "Tiny"}))
 
 
-PICTURE = torch.zeros(1, 8, 8, 3)
+IMAGE = torch.zeros(1, 8, 8, 3)
 
 
 def save(files: Any, maps: Any, prefix: str = "attention/maps") -> Path:
-    saved = files.FoveaSaveAttnMaps.execute(maps, PICTURE, prefix)
+    saved = files.FoveaSaveAttnMaps.execute(maps, IMAGE, prefix)
     assert saved.args[0] is maps
     return Path(folder_paths.get_output_directory(), saved.ui.as_dict()["text"][0])
 
@@ -79,7 +79,7 @@ def test_names_are_counted_and_never_taken_twice(files: Any, maps: Any) -> None:
     assert names == [f"cat_0000{at}_.attn.safetensors" for at in (1, 2, 3)]
 
 
-def test_the_workflow_is_saved_as_pictures_carry_it(files: Any, maps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_workflow_is_saved_as_images_carry_it(files: Any, maps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Hidden:
         prompt = {"1": {"class_type": "KSampler"}}
         extra_pnginfo = {"workflow": {"nodes": []}}
@@ -96,7 +96,7 @@ def test_the_workflow_is_saved_as_pictures_carry_it(files: Any, maps: Any, monke
 def test_maps_without_a_run_cannot_be_saved(files: Any) -> None:
     empty = importlib.import_module("fovea_attention.attention.maps").AttnMaps()
     with pytest.raises(ValueError, match="no attention maps yet"):
-        files.FoveaSaveAttnMaps.execute(empty, PICTURE, "attention/maps")
+        files.FoveaSaveAttnMaps.execute(empty, IMAGE, "attention/maps")
     assert list(Path(folder_paths.get_output_directory()).iterdir()) == []
 
 

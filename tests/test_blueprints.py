@@ -1,4 +1,4 @@
-"""Every subgraph blueprint: whole, with the nodes' defaults, offered by the host, and it runs in a graph of its own."""
+"""Every subgraph blueprint: whole, with the nodes' defaults, offered by ComfyUI, and it runs in a graph of its own."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_our_nodes_in_it_have_their_defaults(path: Path, object_info: dict[str, 
 
 
 def in_a_graph(path: Path, object_info: dict[str, Any]) -> dict[str, Any]:
-    """A workflow with the blueprint between a checkpoint, prompts and a size, and pictures of what comes out."""
+    """A workflow with the blueprint between a checkpoint, prompts and a size, and images of what comes out."""
     root, inside = parts(path)
     nodes, links = [root], []
 
@@ -163,4 +163,4 @@ def test_it_runs_on_the_real_server(path: Path, server: HostServer, object_info:
     assert wanted and set(wanted) <= {picture.node for picture in result.pictures}
     for picture in result.pictures:
         with Image.open(io.BytesIO(server.fetch(picture))) as image:
-            assert np.asarray(image.convert("RGB")).std() > 1, "a picture of one colour"
+            assert np.asarray(image.convert("RGB")).std() > 1, "an image of one colour"

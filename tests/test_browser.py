@@ -13,7 +13,7 @@ import environment
 import numpy as np
 import pytest
 from browser.front_end import FrontEnd, browser_page
-from host_server import HostServer, Picture
+from host_server import HostServer, SavedImage
 from PIL import Image
 from playwright.sync_api import Route, expect
 
@@ -128,9 +128,9 @@ WIDGETS_BY_NODE = """() => Object.fromEntries(
 
 
 def places(server: HostServer, run: dict[str, Any], node: str) -> dict[str, tuple[float, float]]:
-    """Where the red and the blue thing are in the picture that a node showed, as fractions of its sides."""
+    """Where the red and the blue thing are in the image that a node showed, as fractions of its sides."""
     image = server.get(f"/history/{run['prompt_id']}")[run["prompt_id"]]["outputs"][node]["images"][0]
-    data = server.fetch(Picture(node, image["filename"], image["subfolder"], image["type"]))
+    data = server.fetch(SavedImage(node, image["filename"], image["subfolder"], image["type"]))
     with Image.open(io.BytesIO(data)) as opened:
         pixels = np.asarray(opened.convert("RGB"), dtype=np.float32)
     found = {}
@@ -144,7 +144,7 @@ def places(server: HostServer, run: dict[str, Any], node: str) -> dict[str, tupl
     "on_page", [pytest.param(False, marks=pytest.mark.newest), True], ids=["nodes on the canvas", "nodes on the page"]
 )
 def test_pointing_at_a_preview_ranks_the_words(on_page: bool, ui: FrontEnd, server: HostServer) -> None:
-    """The shipped workflow, run by its button: the words of what is under the pointer come first, on every picture."""
+    """The shipped workflow, run by its button: the words of what is under the pointer come first, on every image."""
     ui.draw_nodes_on_page(on_page)
     try:
         ui.open(workflow_files.load(MAPS))
@@ -154,10 +154,10 @@ def test_pointing_at_a_preview_ranks_the_words(on_page: bool, ui: FrontEnd, serv
             assert ui.progress_of(ui.node(kind)) == 1
         where = places(server, run, ui.node("PreviewImage"))
         overlay, segments = [node["id"] for node in ui.nodes() if node["type"] == "AttnMapPreview"][:2]
-        second = [] if on_page else [(overlay, 1)]  # some front ends show one picture at a time there
+        second = [] if on_page else [(overlay, 1)]  # some front ends show one image at a time there
         for node, index in ((overlay, 0), *second, (segments, 0)):
             ui.centre(node)
-            left, top, width, _ = ui.picture(node, index)
+            left, top, width, _ = ui.image(node, index)
             for name, others in (("red", ("blue", "square")), ("blue", ("red", "circle"))):
                 x, y = where[name]
                 ranked = ui.words_at(left + x * width, top + y * width)  # square panels, with a legend below
@@ -184,7 +184,7 @@ def test_the_read_out_can_be_read_in_every_theme(theme: str, ui: FrontEnd) -> No
         assert ui.run()["kind"] == "execution_success"
         node = ui.node("AttnMapPreview")
         ui.centre(node)
-        left, top, width, height = ui.picture(node)
+        left, top, width, height = ui.image(node)
         assert ui.words_at(left + width / 2, top + height / 2)
         looks = "(box) => [box, ...box.querySelectorAll('*')].map((part) => getComputedStyle(part).color)"
         behind = luminance(ui.read_out.evaluate("(box) => getComputedStyle(box).backgroundColor"))
@@ -219,7 +219,7 @@ def test_html_in_a_prompt_is_text(ui: FrontEnd) -> None:
         assert ui.run()["kind"] == "execution_success"
         node = ui.node("AttnMapPreview")
         ui.centre(node)
-        left, top, width, height = ui.picture(node)
+        left, top, width, height = ui.image(node)
         assert {word for word, _ in ui.words_at(left + width / 2, top + height / 2)} == {HTML}
         assert ui.read_out.locator("*:not(div)").count() == 0
         assert ui.page.evaluate("window.__pwned") is None
@@ -287,4 +287,4 @@ def test_help_pages_open(ui: FrontEnd, our_nodes: list[str]) -> None:
         ui.open_help(kind)
         expect(ui.page.get_by_role("heading", name=title, exact=True, level=1)).to_be_visible()
         shown = ui.page.locator("img[src*='/docs/images/']").element_handle()
-        ui.page.wait_for_function("(picture) => picture.naturalWidth > 0", arg=shown)
+        ui.page.wait_for_function("(image) => image.naturalWidth > 0", arg=shown)

@@ -1,4 +1,4 @@
-"""Capture records what every family of networks really attends to, and leaves the picture and the model as they were."""
+"""Capture records what every family of networks really attends to, and leaves the image and the model as they were."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CALLS = {
     "hunyuan_video15": (6, 2), "omnigen2_edit": (5, 3), "joyimage_edit": (2, 0),
 }  # fmt: skip
 
-# Variants that put other tokens before or behind the picture's, or have blocks of their own: their first such call.
+# Variants that put other tokens before or behind the image's, or have blocks of their own: their first such call.
 VARIANTS = {
     "wan_humo": 1, "wan_scail": 2, "wan_animate": 2, "wan_vace": 1, "wan_camera": 2, "wan_dancer": 2,
     "chroma_radiance": 0, "z_image_pixel": 2, "pid": 0, "hunyuan_video15_sr": 2, "anima": 1, "kandinsky5_video": 2,
@@ -54,9 +54,9 @@ def built():
 
 @pytest.fixture(scope="module")
 def engine(pack):
-    import fovea_attention.attention.capture as capture
+    import fovea_attention.attention.maps as maps
 
-    return capture
+    return maps
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def _additive(*shape):
 )  # fmt: skip
 def test_rows_are_those_of_the_hosts_attention(engine, monkeypatch, mask, key_heads, scale):
     """Every mask form, fewer key heads, another scale, both layouts, in chunks of a few rows."""
-    from fovea_attention.attention import probabilities as module
+    from fovea_attention.attention.maps import probabilities as module
 
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 2 * 4 * 9 * 4)
     generator = torch.Generator().manual_seed(0)
@@ -157,8 +157,8 @@ def test_rows_are_those_of_the_hosts_attention(engine, monkeypatch, mask, key_he
     expected = torch.nn.functional.scaled_dot_product_attention(q, *shared, attn_mask=_four_dimensions(mask), scale=scale)
     flat = [x.transpose(1, 2).flatten(2) for x in (q, k)]
     for args, skip in (((q, k), True), (flat, False)):
-        inputs = engine.attention_inputs(*args, 4, mask=mask, skip_reshape=skip, scale=scale)
-        chunks = list(engine.row_probabilities(inputs, slice(1, 6)))
+        inputs = engine.probabilities.host.attention_inputs(*args, 4, mask=mask, skip_reshape=skip, scale=scale)
+        chunks = list(engine.probabilities.row_probabilities(inputs, slice(1, 6)))
         assert [start for start, _ in chunks] == [0, 4]
         rows = torch.cat([chunk for _, chunk in chunks], 2)
         torch.testing.assert_close(rows @ shared[1], expected[:, :, 1:], atol=1e-6, rtol=1e-5)
@@ -173,7 +173,7 @@ def _four_dimensions(mask):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_picture_is_bit_identical_and_every_call_is_seen(engine, watch, built, name):
+def test_the_image_is_bit_identical_and_every_call_is_seen(engine, watch, built, name):
     family, model = FAMILIES[name], built(name)
     plain = sample(family, model)
     probe = Probe()
@@ -182,8 +182,8 @@ def test_the_picture_is_bit_identical_and_every_call_is_seen(engine, watch, buil
 
     assert len(probe.calls) == 2 * CALLS[name][0]  # the other node's override is still called, once for every attention
     for call in probe.calls:
-        inputs = engine.attention_inputs(call.q, call.k, call.heads, mask=call.mask, skip_reshape=call.skip)
-        rows = torch.cat([chunk for _, chunk in engine.row_probabilities(inputs, slice(None))], 2)
+        inputs = engine.probabilities.host.attention_inputs(call.q, call.k, call.heads, mask=call.mask, skip_reshape=call.skip)
+        rows = torch.cat([chunk for _, chunk in engine.probabilities.row_probabilities(inputs, slice(None))], 2)
         torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]), atol=1e-5, rtol=0)
         v = by_heads(call.v, call)
         out = rows @ v.repeat_interleave(inputs.heads // v.shape[1], 1)
@@ -235,8 +235,8 @@ def test_a_changed_word_and_a_changed_pixel_show_where_the_map_says(watch, built
 
     token, (y, x) = min(7, family.tokens - 1), (2 * side // 3 for side in family.size)
     conds, (noise, pixel) = family.conds(1), (random_latent(family) for _ in range(2))
-    picture = pixel.unbind()[0] if family.audio else pixel
-    (picture[:, :, -1] if family.frames else picture)[:, :, y, x] += 30
+    image = pixel.unbind()[0] if family.audio else pixel
+    (image[:, :, -1] if family.frames else image)[:, :, y, x] += 30
 
     plain = first_text_call(conds, noise)
     heat = image_rows(maps, maps.layers[0])
@@ -314,7 +314,7 @@ def test_layers_that_are_named_are_recorded_even_if_daam_leaves_them_out(watch):
 
 
 def separate_calls(model):
-    """Make the host believe that two conds never fit into memory together, as on a small GPU."""
+    """Make ComfyUI believe that two conds never fit into memory together, as on a small GPU."""
     model.model.memory_required = lambda *args, **kwargs: float("inf")
 
 
@@ -336,7 +336,7 @@ def test_prompts_evaluated_one_by_one_give_the_same_maps(watch, name):
 
 
 @pytest.mark.parametrize("name", ["sd15", "z_image", "wan_t2v"])
-def test_each_picture_of_a_batch_has_its_own_maps(watch, built, name):
+def test_each_image_of_a_batch_has_its_own_maps(watch, built, name):
     family, model = FAMILIES[name], built(name)
     noise = torch.randn(family.latent(2).shape, generator=torch.Generator().manual_seed(8))
     watched, maps = watch(model, self_attention=True)
@@ -353,7 +353,7 @@ def test_each_picture_of_a_batch_has_its_own_maps(watch, built, name):
 
 @pytest.mark.parametrize("lengths", [(77, 154), (154, 77), (154, 231)])
 def test_prompts_of_unequal_length_keep_their_own_tokens(watch, built, lengths):
-    """The host repeats the shorter prompt until both have one length."""
+    """ComfyUI repeats the shorter prompt until both have one length."""
     family, model = FAMILIES["sd15"], built("sd15")
     positive, negative = family.conds(1, lengths[0]), family.conds(2, lengths[1])
     watched, maps = watch(model)
@@ -444,10 +444,10 @@ def test_evaluations_of_other_nodes_are_not_recorded(watch, built):
 
 
 def test_private_passes_are_not_recorded(watch, built):
-    from fovea_attention.attention.host import PRIVATE_PASS
+    from fovea_attention.attention.host import INTERNAL_PASS
 
     watched, maps = watch(built("sd15"))
-    watched.model_options["transformer_options"][PRIVATE_PASS] = True
+    watched.model_options["transformer_options"][INTERNAL_PASS] = True
     sample(FAMILIES["sd15"], watched)
     with pytest.raises(ValueError, match="Nothing could be recorded"):
         maps.heat()
@@ -485,7 +485,7 @@ def test_a_block_that_another_node_replaces_is_named(watch, built, caplog):
     ]
 
 
-def test_steps_on_a_smaller_picture_are_added_on_the_finer_grid(watch, built):
+def test_steps_on_a_smaller_image_are_added_on_the_finer_grid(watch, built):
     """Deep shrink computes the first steps on a smaller feature map."""
     family, shrunk, small = FAMILIES["sd15"], built("sd15").clone(), []
 
@@ -509,15 +509,15 @@ def test_steps_on_a_smaller_picture_are_added_on_the_finer_grid(watch, built):
 
 
 def test_tgate_and_capture_compose(watch, built, node_classes, caplog):
-    """After the gate cross-attention is not computed: there are no maps to show, and the picture is T-GATE's."""
+    """After the gate cross-attention is not computed: there are no maps to show, and the image is T-GATE's."""
     family, model = FAMILIES["sd15"], built("sd15")
     gated = node_classes["TGateCache"].execute(model, gate_at=0.5)[0]
-    picture = sample(family, gated, steps=6)
+    image = sample(family, gated, steps=6)
     before, maps = watch(gated)
     after, others = watch(model)
     with caplog.at_level(logging.INFO, logger="fovea"):
-        assert torch.equal(sample(family, before, steps=6), picture)
-        assert torch.equal(sample(family, node_classes["TGateCache"].execute(after, gate_at=0.5)[0], steps=6), picture)
+        assert torch.equal(sample(family, before, steps=6), image)
+        assert torch.equal(sample(family, node_classes["TGateCache"].execute(after, gate_at=0.5)[0], steps=6), image)
     for handle in (maps, others):
         assert handle.recorded_steps() == [0, 1, 2] and handle.meta["tgate_gate"] == 3
         assert any("3 of 6 steps have no maps" in note for note in handle.notes)
@@ -534,19 +534,26 @@ def test_two_capture_nodes_on_one_model_are_both_filled(watch, built):
     torch.testing.assert_close(maps.heat(layers=["block.1"]), others.heat())
 
 
-def test_the_last_run_wins_and_the_one_before_is_kept(watch, built):
+def test_the_last_run_wins(watch, built):
     """A hires-fix samples twice with one model."""
     family = FAMILIES["sd15"]
     watched, maps = watch(built("sd15"))
     sample(family, watched)
-    small = maps.heat()
+    assert maps.grid == (16, 12)
     sample(family, watched, latent_image=family.latent(size=(24, 16)), steps=1)
     assert maps.grid == (24, 16) and maps.steps == 1
-    assert maps.previous.grid == (16, 12) and torch.equal(maps.previous.heat(), small)
 
 
 class Stop(Exception):
     pass
+
+
+def is_filled(maps) -> bool:
+    try:
+        maps.require()
+    except ValueError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("name", ["sd15", "pixart", "flux"])
@@ -566,13 +573,13 @@ def test_an_interrupted_run_leaves_nothing(watch, built, name):
     for run, callback in ((with_override(watched, interrupt), None), (watched, stop)):
         with pytest.raises(Stop):
             sample(family, run, callback=callback)
-    assert not maps.ready
+    assert not is_filled(maps)
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.model.modules())
     assert before == {key: value for key, value in watched.model_options["transformer_options"].items() if key != "wrappers"}
     if attention is not None:
         assert sys.modules[SWAPPED[name]].optimized_attention is attention
     sample(family, watched)
-    assert maps.ready
+    assert is_filled(maps)
 
 
 def test_several_gpus_at_once_cannot_share_a_swapped_function(watch, built):
@@ -585,11 +592,11 @@ def test_several_gpus_at_once_cannot_share_a_swapped_function(watch, built):
 
 
 def test_unknown_networks_say_so_and_show_what_can_be_told(watch, built, monkeypatch):
-    from fovea_attention.attention import sites
+    from fovea_attention.attention import networks as sites
     from fovea_attention.nodes.attn_capture import AttnMapCapture
 
-    monkeypatch.delitem(sites._NETWORKS, "comfy.ldm.wan.model.WanModel")
-    monkeypatch.delitem(sites._NETWORKS, "comfy.ldm.flux.model.Flux")
+    monkeypatch.delitem(sites.table._NETWORKS, "comfy.ldm.wan.model.WanModel")
+    monkeypatch.delitem(sites.table._NETWORKS, "comfy.ldm.flux.model.Flux")
     watched, maps = watch(built("wan_t2v"), self_attention=True)
     sample(FAMILIES["wan_t2v"], watched)
     assert any("WanModel is not in Fovea's table" in note for note in maps.notes)
@@ -607,10 +614,12 @@ def test_unknown_networks_say_so_and_show_what_can_be_told(watch, built, monkeyp
 
 def budget_run(engine, steps: int = 4, **settings):
     """A run that gets four layers of 64 x 64 maps with 4 heads in every step, and the most megabytes it held."""
-    from fovea_attention.attention.run import StepClock
+    from fovea_attention.attention.host import StepClock
 
     conds = [[{"uuid": "u", "cross_attn": torch.zeros(1, 64, 4)}], []]
-    run = engine.CaptureRun(engine.CaptureSettings(**settings), StepClock(tuple(range(steps, -1, -1))), SimpleNamespace(conds={}))
+    run = engine.recorder.CaptureRun(
+        engine.CaptureSettings(**settings), StepClock(tuple(range(steps, -1, -1))), SimpleNamespace(conds={})
+    )
     run.order = [f"block.{index}" for index in range(4)]
     maps = torch.rand(1, 4, 64, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     peak = 0
@@ -665,11 +674,11 @@ def test_the_node_gives_a_watched_clone_and_an_empty_handle(node, built):
     model = built("sd15")
     wrappers = str(model.model_options)
     watched, maps = node.execute(model).result
-    assert watched is not model and not maps.ready and str(model.model_options) == wrappers
+    assert watched is not model and not is_filled(maps) and str(model.model_options) == wrappers
     sample(FAMILIES["sd15"], model)
-    assert not maps.ready
+    assert not is_filled(maps)
     sample(FAMILIES["sd15"], watched)
-    assert maps.ready and maps.meta == {"model": "BaseModel", "family": "U-Net"}
+    assert is_filled(maps) and maps.meta == {"model": "BaseModel", "family": "U-Net"}
 
 
 @pytest.mark.parametrize(

@@ -37,14 +37,14 @@ class Noise:
 
 @pytest.fixture(scope="module")
 def distill(pack):
-    import fovea_attention.attention.distill as distill
+    import fovea_attention.attention.distill.run as distill
 
     return distill
 
 
 @pytest.fixture(scope="module")
 def features(pack):
-    import fovea_attention.attention.distill_reference as features
+    import fovea_attention.attention.distill.references as features
 
     return features
 
@@ -66,7 +66,7 @@ TYPES = {"eps": "EPS", "v": "V_PREDICTION", "flow": "FLOW"}
 
 @pytest.fixture(scope="module")
 def models():
-    """One model of each prediction type, made under inference mode as the host's executor does."""
+    """One model of each prediction type, made under inference mode as ComfyUI's executor does."""
     with torch.inference_mode():
         return {name: replace(FAMILIES["sd15"], model_type=kind).build() for name, kind in TYPES.items()}
 
@@ -250,10 +250,11 @@ def test_masks_of_other_sizes_and_several_references(node, models):
 
 
 def test_labels_that_the_reference_lacks_are_left_out(pack):
-    from fovea_attention.attention.distill_losses import DistillObjective, Features, Regions, labels_of
+    from fovea_attention.attention.distill.losses import DistillObjective, Features
+    from fovea_attention.attention.distill.regions import Regions, labels_of
     from fovea_attention.attention.gradient import AttentionCall
-    from fovea_attention.attention.probabilities import AttentionInputs
-    from fovea_attention.attention.sites import CaptureLayer
+    from fovea_attention.attention.host import AttentionInputs
+    from fovea_attention.attention.networks import AttentionLayer
 
     generator = torch.Generator().manual_seed(0)
     q, k, v, ks, vs = (torch.randn(1, 2, 16, 8, generator=generator) for _ in range(5))
@@ -262,7 +263,7 @@ def test_labels_that_the_reference_lacks_are_left_out(pack):
     regions = Regions(target, [labels_of(torch.zeros(1, 4, 4))[0]], {"a": (grid, [grid])})
     call = AttentionCall(AttentionInputs(q, k, None, 8**-0.5), v, None, lambda: torch.zeros(1, 2, 16, 8), keeps_heads=True)
     objective = DistillObjective({("a", 0): Features(ks, vs)}, regions=regions)
-    style, _ = objective.measure(CaptureLayer("a", "self", torch.nn.Identity()), call, torch.arange(1))
+    style, _ = objective.measure(AttentionLayer("a", "self", torch.nn.Identity()), call, torch.arange(1))
     ideal = torch.nn.functional.scaled_dot_product_attention(q, ks, vs)
     left = (torch.arange(16) % 4) < 2
     torch.testing.assert_close(style[0], ideal[:, :, left].abs().mean())
@@ -274,14 +275,14 @@ def test_labels_that_the_reference_lacks_are_left_out(pack):
 
 def test_one_iteration_moves_every_element_by_the_learning_rate(node, models, distill, monkeypatch):
     model, moves = models["eps"], []
-    descend = distill._Run._descend
+    descend = distill.DistillRun._descend
 
     def watched(self, z, *args):
         before = z.clone()
         descend(self, z, *args)
         moves.append((z - before).abs())
 
-    monkeypatch.setattr(distill._Run, "_descend", watched)
+    monkeypatch.setattr(distill.DistillRun, "_descend", watched)
     run(node, model, iterations=1, learning_rate=0.015)
     for moved in moves:
         assert moved.max() < 0.015 * 1.001
@@ -307,7 +308,7 @@ def test_window_and_interval_choose_the_steps(node, models):
 
 
 def test_published_values(pack):
-    from fovea_attention.attention import distill_job as job
+    from fovea_attention.attention import distill as job
 
     network = torch.nn.Module()
     guided, optimise = job.Method.GUIDED, job.Method.OPTIMISE
@@ -331,14 +332,14 @@ def test_published_values(pack):
 def test_published_layers_of_unets(pack, config, unet, expected):
     """10 to 15 of 16, and 64 to 69 of 70, on the real layouts (without their weights)."""
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-    from fovea_attention.attention.distill_job import Method, distilled_layers, published
-    from fovea_attention.attention.sites import capture_layers
+    from fovea_attention.attention.distill import Method, distilled_layers, published
+    from fovea_attention.attention.networks import attention_layers
 
     family = FAMILIES[config.lower()]
     settings = {**family.unet, **unet}
     settings.pop("num_classes", None), settings.pop("adm_in_channels", None)
     network = UNetModel(**settings, device="meta", dtype=torch.float32)
-    order = [layer.name for layer in capture_layers(network) if layer.kind == "self"]
+    order = [layer.name for layer in attention_layers(network) if layer.kind == "self"]
     first, last, total = (10, 16, 16) if config == "SD15" else (64, 70, 70)
     assert len(order) == total and order[first:last] == expected
     assert [layer.name for layer in distilled_layers(network)] == expected
@@ -347,7 +348,7 @@ def test_published_layers_of_unets(pack, config, unet, expected):
 
 def test_published_layers_of_flux(pack):
     """50 to 56 of 57: the last seven single blocks of 19 double and 38 single ones."""
-    from fovea_attention.attention.distill_job import distilled_layers
+    from fovea_attention.attention.distill import distilled_layers
 
     network = FAMILIES["flux"].build().model.diffusion_model
     network.double_blocks = torch.nn.ModuleList([torch.nn.Identity() for _ in range(19)])
@@ -359,7 +360,7 @@ def test_published_layers_of_flux(pack):
 
 
 @pytest.mark.parametrize("settings", [{}, {"method": "optimise", "content": {"samples": random_latent(21)}, "steps": 1}])
-def test_low_memory_gives_the_same_picture(node, models, settings):
+def test_low_memory_gives_the_same_image(node, models, settings):
     """One step with content: behind the kink of its loss, chance signs treble with every further step."""
     model, latent = models["eps"], torch.zeros(2, 4, *SIZE)
     fast, of_fast = run(node, model, latent=latent, memory="fast", iterations=1, **settings)
@@ -369,28 +370,28 @@ def test_low_memory_gives_the_same_picture(node, models, settings):
 
 
 class SameNoise(Noise):
-    """Two different pictures' noise, of which a single run gets one."""
+    """Two different images' noise, of which a single run gets one."""
 
-    def __init__(self, picture: int | None = None) -> None:
+    def __init__(self, image: int | None = None) -> None:
         super().__init__()
-        self.picture = picture
+        self.image = image
 
     def generate_noise(self, latent):
         noise = torch.randn(2, *latent["samples"].shape[1:], generator=torch.Generator().manual_seed(5))
-        return noise if self.picture is None else noise[self.picture : self.picture + 1]
+        return noise if self.image is None else noise[self.image : self.image + 1]
 
 
 @pytest.mark.parametrize("method", ["guided sampling", "optimise"])
-def test_pictures_of_a_batch_do_not_meet(node, models, method):
+def test_images_of_a_batch_do_not_meet(node, models, method):
     model = models["eps"]
     both, _ = run(node, model, latent=torch.zeros(2, 4, *SIZE), noise=SameNoise(), method=method, iterations=1)
-    for picture in range(2):
-        alone, _ = run(node, model, noise=SameNoise(picture), method=method, iterations=1)
-        assert (both[picture] - alone[0]).abs().mean() < SAME * alone.abs().mean()
+    for image in range(2):
+        alone, _ = run(node, model, noise=SameNoise(image), method=method, iterations=1)
+        assert (both[image] - alone[0]).abs().mean() < SAME * alone.abs().mean()
 
 
 @pytest.mark.parametrize("method", ["guided sampling", "optimise"])
-def test_kept_reference_features_give_the_same_picture(node, models, features, method):
+def test_kept_reference_features_give_the_same_image(node, models, features, method):
     model = models["eps"]
     fresh, report = run(node, model, method=method, iterations=1)
     assert report["reference_features"] == {"reused": 0, "computed": 2}
@@ -439,7 +440,9 @@ def test_the_cache_forgets_what_no_run_has_used_for_long(features):
     cache.begin_run()
     for key in ("old", "used again"):
         cache.put(model, key, {("a", 0): (torch.zeros(5), torch.zeros(5))})
-    for _ in range(features.MAX_IDLE_RUNS):
+    from fovea_attention.attention.distill.feature_cache import MAX_IDLE_RUNS
+
+    for _ in range(MAX_IDLE_RUNS):
         cache.begin_run()
         assert cache.get(model, "used again") is not None
     assert cache.bytes == 80

@@ -107,7 +107,7 @@ def test_regional_prompts_act_in_the_denoising_steps(node, model):
 
 
 def test_controlnet_acts_in_the_denoising_steps_only(node):
-    """The picture that is compared has seen it; the passes that compare have not."""
+    """The image that is compared has seen it; the passes that compare have not."""
     model = small_model()
     config = {key: value for key, value in UNET_CONFIG.items() if key not in ("out_channels", "transformer_depth_output")}
     config.update(num_res_blocks=[1, 1], channel_mult=[1, 2], num_heads=2, transformer_depth=[1, 1], dtype=torch.float32)
@@ -142,7 +142,7 @@ def test_other_nodes_patches_stay_out_of_the_distilling_passes(node, model):
     assert counted(lambda patched: run(node, patched, **BRIEF)) == counted(lambda patched: plain(patched)) > 0
 
 
-def test_a_prompt_for_one_area_as_null_prompt_is_taken_for_the_whole_picture(node, model):
+def test_a_prompt_for_one_area_as_null_prompt_is_taken_for_the_whole_image(node, model):
     limited = [[NULL[0][0], {"area": (4, 4, 0, 0), "start_percent": 0.9, "strength": 0.1}]]
     found, _ = run(node, model, null_prompt=limited, **BRIEF)
     assert torch.equal(found, run(node, model, **BRIEF)[0])
@@ -152,7 +152,7 @@ def test_a_prompt_for_one_area_as_null_prompt_is_taken_for_the_whole_picture(nod
 
 
 @pytest.mark.parametrize("method", ["guided sampling", "optimise"])
-def test_a_noise_mask_keeps_the_rest_of_the_picture(node, model, method):
+def test_a_noise_mask_keeps_the_rest_of_the_image(node, model, method):
     mask = torch.zeros(1, 1, *SIZE)
     mask[..., :8] = 1
     latent = random_latent(31)
@@ -241,7 +241,7 @@ def test_progress_counts_optimisation_steps_and_previews_change(node, model, tic
 @pytest.mark.parametrize("method", ["guided sampling", "optimise"])
 @pytest.mark.parametrize("memory", ["fast", "low"])
 def test_nothing_is_left_after_a_run(node, model, method, memory):
-    run(node, model, **BRIEF)  # the host puts its own things on a model that runs for the first time
+    run(node, model, **BRIEF)  # ComfyUI puts its own things on a model that runs for the first time
     before, weights = state_of(model), weights_of(model)
     guider = guider_of(model)
     options = guider.model_options
@@ -331,7 +331,7 @@ ERRORS = [
     ({"reference": torch.full((1, 4, *SIZE), float("nan"))}, "reference holds values that are no numbers"),
     ({"content": {"samples": torch.zeros(1, 16, *SIZE)}}, "content is a latent of shape"),
     ({"content": {"samples": torch.zeros(1, 4, 8, 8)}}, "content is 8 x 8 but latent_image is 16 x 16"),
-    ({"content": {"samples": torch.zeros(3, 4, *SIZE)}}, "content holds 3 pictures and latent_image 2"),
+    ({"content": {"samples": torch.zeros(3, 4, *SIZE)}}, "content holds 3 images and latent_image 2"),
     ({"null_prompt": []}, "null_prompt is empty"),
     ({"start_at": 0.6, "end_at": 0.4}, "start_at is 0.6 and end_at is 0.4"),
     ({"start_at": -0.1}, "start_at is -0.1"),
@@ -357,7 +357,7 @@ def test_wrong_inputs_are_named_before_sampling(node, model, monkeypatch, settin
 
 
 def test_masks_on_a_joint_network_and_unknown_networks_are_refused(node, pack):
-    from fovea_attention.attention.distill_job import distilled_layers
+    from fovea_attention.attention.distill import distilled_layers
 
     family = FAMILIES["sd3"]
     model = family.build()

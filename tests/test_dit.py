@@ -161,7 +161,7 @@ def test_the_papers_timestep_differs_from_diffusers_only_in_its_frequencies() ->
     assert dit.timestep_features(torch.tensor([999.0]))[0, 128:].shape == (128,)
 
 
-# --- as the host's other transformers -----------------------------------------------------------------------------------
+# --- as ComfyUI's other transformers -----------------------------------------------------------------------------------
 
 
 def test_every_attention_call_passes_the_hosts_override_and_says_its_block() -> None:

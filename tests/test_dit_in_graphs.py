@@ -10,7 +10,7 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from tgate_reference import assert_same_picture, relative_difference
+from tgate_reference import assert_same_image, relative_difference
 from tiny_dit import bare, dit_sampling, labels, latent, load_dit, sample, sites, tiny, write
 
 # T-GATE's published schedule for 25 steps, gate 10, intervals 5 and 1, warm-up 2: C compute, S compute and store, R reuse.
@@ -33,10 +33,10 @@ def tgate(node_classes: dict[str, Any]) -> Callable[..., Any]:
 
 
 @DESIGNS
-def test_only_the_pictures_attention_to_itself_is_a_site(load: Callable[..., Any], design: str) -> None:
+def test_only_the_images_attention_to_itself_is_a_site(load: Callable[..., Any], design: str) -> None:
     network = load(design).model.diffusion_model
     assert [(site.name, site.kind) for site in sites.attention_sites(network)] == [(f"blocks.{i}.attn", "self") for i in range(3)]
-    layers = sites.capture_layers(network)
+    layers = sites.attention_layers(network)
     assert [(layer.name, layer.kind) for layer in layers] == [(f"block.{i}", "self") for i in range(3)]
     layout = sites.network_layout(network)
     assert layout is not None and layout.family == "DiT"
@@ -146,7 +146,7 @@ def test_t_gate_equals_its_restatement(
     settings = {"sp_interval": sp, "fi_interval": fi, "warm_up": warm_up, "cfg_after_gate": cfg_after_gate}
     result = sample(tgate(model, gate_at=gate / 10, **settings), steps=10)
     expected = Restated(model, gate, sp, fi, warm_up, drop=cfg_after_gate != "keep").sample(steps=10)
-    assert_same_picture(result, expected)
+    assert_same_image(result, expected)
     assert relative_difference(result, sample(model, steps=10)) > 1e-4
 
 
@@ -213,7 +213,7 @@ def test_t_gate_with_the_learned_variance_sampler(load: Callable[..., Any], tgat
 
 @DESIGNS
 @pytest.mark.parametrize("size", [(8, 8), (4, 12)])
-def test_self_attention_is_seen_and_the_picture_stays(
+def test_self_attention_is_seen_and_the_image_stays(
     load: Callable[..., Any], node_classes: dict[str, Any], design: str, size: tuple[int, int]
 ) -> None:
     model = load(design)
@@ -230,7 +230,7 @@ def test_self_attention_is_seen_and_the_picture_stays(
 
 
 def _attention_of(model: Any, size: tuple[int, int], query: tuple[int, int], start: torch.Tensor) -> torch.Tensor:
-    """What one token looks at in the picture, mean over blocks, heads and steps, of the positive class's half."""
+    """What one token looks at in the image, mean over blocks, heads and steps, of the positive class's half."""
     rows = []
 
     def override(function: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, **kwargs: Any) -> torch.Tensor:
@@ -261,8 +261,8 @@ def test_words_are_refused_with_the_reason(load: Callable[..., Any], node_classe
 def test_the_preview_shows_self_attention(load: Callable[..., Any], node_classes: dict[str, Any]) -> None:
     watched, maps = node_classes["AttnMapCapture"].execute(load(), self_attention=True)
     sample(watched)
-    picture = node_classes["AttnMapPreview"].execute(maps, torch.rand(1, 64, 64, 3), view="self-attention")[0]
-    assert picture.shape[0] == 1 and picture.std() > 0
+    image = node_classes["AttnMapPreview"].execute(maps, torch.rand(1, 64, 64, 3), view="self-attention")[0]
+    assert image.shape[0] == 1 and image.std() > 0
 
 
 def test_capturing_words_alone_on_a_model_without_text_is_an_error(
@@ -276,8 +276,8 @@ def test_capturing_words_alone_on_a_model_without_text_is_an_error(
 
 
 @pytest.mark.server
-def test_a_graph_of_the_nodes_makes_pictures(server: Any, object_info: dict[str, Any]) -> None:
-    """Load, label, sample with both kinds of sampler node, decode. (Random weights: the picture shows nothing.)"""
+def test_a_graph_of_the_nodes_makes_images(server: Any, object_info: dict[str, Any]) -> None:
+    """Load, label, sample with both kinds of sampler node, decode. (Random weights: the image shows nothing.)"""
     assert object_info["DiTLoader"]["output"] == ["MODEL"]
     folder = server.base / "models" / "diffusion_models"
     folder.mkdir(parents=True, exist_ok=True)
@@ -314,7 +314,7 @@ def test_a_graph_of_the_nodes_makes_pictures(server: Any, object_info: dict[str,
         graph[str(number)] = {"class_type": "VAEDecode", "inputs": {"samples": [sampler, 0], "vae": ["4", 2]}}
         graph[str(number + 1)] = {"class_type": "PreviewImage", "inputs": {"images": [str(number), 0]}}
     try:
-        pictures = server.run(graph).pictures
+        images = server.run(graph).images
     finally:
         file.unlink()
-    assert sorted(picture.node for picture in pictures) == ["10", "10", "12", "12"]
+    assert sorted(image.node for image in images) == ["10", "10", "12", "12"]

@@ -260,7 +260,7 @@ def test_diffusers_blocks_with_embedders_of_their_own_are_refused(tmp_path: Path
         load_dit(write(tmp_path / "x.safetensors", weights))
 
 
-# --- in the host's hands ----------------------------------------------------------------------------------------------
+# --- in ComfyUI's hands ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -291,7 +291,7 @@ def test_clones_for_several_gpus(path: str) -> None:
 def test_weights_of_half_precision_are_cast_layer_by_layer(
     path: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    """What the host does on a device that computes in float32 only, and what its offloading relies on."""
+    """What ComfyUI does on a device that computes in float32 only, and what its offloading relies on."""
     expected = sample(load_dit(path))
     monkeypatch.setattr(comfy.model_management, "unet_dtype", lambda **kwargs: dtype)
     model = load_dit(path)
@@ -324,7 +324,7 @@ def test_saving_the_model_gives_a_file_that_loads(path: str, tmp_path: Path, lay
 
 
 def test_the_hosts_own_loading_is_untouched(path: str, pack: Any) -> None:
-    """Load DiT is the only door: the host's detection is not replaced, so no other file is loaded differently."""
+    """Load DiT is the only door: ComfyUI's detection is not replaced, so no other file is loaded differently."""
     import comfy.model_detection
     import comfy.supported_models
 

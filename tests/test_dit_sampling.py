@@ -1,4 +1,4 @@
-"""A DiT samples on the host as published: schedule, guidance on three channels, learned variance, labels."""
+"""A DiT samples on ComfyUI as published: schedule, guidance on three channels, learned variance, labels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tiny_dit import (
 )
 
 NULL = TINY["classes"]
-# Float32 on the host against float64 schedules here, over all steps, relative to the largest value.
+# Float32 on ComfyUI against float64 schedules here, over all steps, relative to the largest value.
 SAME = 2e-5
 
 
@@ -102,7 +102,7 @@ def test_euler_equals_ddim_as_published(load: Callable[..., Any], network: Any, 
         expected = Published(timesteps, network, cfg, channels).ddim(noise, torch.tensor([207, 360]), NULL)
         other = Published(timesteps, network, cfg, 7 - channels).ddim(noise, torch.tensor([207, 360]), NULL)
     assert difference(result, expected) < SAME
-    assert cfg == 1 or difference(other, expected) > 1e-2, "three and four channels are different pictures"
+    assert cfg == 1 or difference(other, expected) > 1e-2, "three and four channels are different images"
 
 
 @pytest.mark.parametrize("channels", [3, 4])
@@ -128,7 +128,7 @@ def test_the_learned_variance_matters(load: Callable[..., Any]) -> None:
 
 
 def test_the_smallest_variance_is_the_hosts_ddpm(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:
-    """With v = -1 everywhere and the same noise, our sampler is the host's own, which has the posterior's variance."""
+    """With v = -1 everywhere and the same noise, our sampler is ComfyUI's own, which has the posterior's variance."""
     model, (noise,) = load(), randn()
     network = model.model.diffusion_model
     with torch.no_grad():
@@ -191,7 +191,7 @@ def test_core_caches_work(load: Callable[..., Any], sampler: str) -> None:
     assert torch.isfinite(result).all() and 0 < len(calls) < 12
 
 
-def test_ddpm_on_a_part_of_the_picture_keeps_the_rest(load: Callable[..., Any]) -> None:
+def test_ddpm_on_a_part_of_the_image_keeps_the_rest(load: Callable[..., Any]) -> None:
     model = load()
     start, mask = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.zeros(1, 1, 8, 8)
     mask[..., :4] = 1
@@ -218,7 +218,7 @@ def test_ddpm_on_a_part_of_the_picture_keeps_the_rest(load: Callable[..., Any]) 
 
 
 def test_velocity_models_follow_sits_time(load: Callable[..., Any], network: Any) -> None:
-    """SiT: x moves from noise (time 0) to picture (time 1) with the velocity that the network predicts."""
+    """SiT: x moves from noise (time 0) to image (time 1) with the velocity that the network predicts."""
     model, (noise,) = load(prediction="velocity"), randn()
     sigmas = torch.linspace(1, 0, 9)
     result = sample_custom(model, comfy.samplers.sampler_object("euler"), sigmas, noise, labels(207, 360), labels(-1), 4.0)
@@ -250,9 +250,9 @@ def test_ddpm_says_where_it_does_not_apply(load: Callable[..., Any], folder: Pat
             sample_custom(model, dit_sampling.dit_sampler(), torch.tensor([10.0, 0.0]), noise, *conds, 2.0)
 
 
-def test_ddpm_refuses_labels_for_parts_of_the_picture(load: Callable[..., Any]) -> None:
+def test_ddpm_refuses_labels_for_parts_of_the_image(load: Callable[..., Any]) -> None:
     corner = [[labels(3)[0][0], {**labels(3)[0][1], "area": (4, 4, 0, 0), "strength": 1.0}]]
-    with pytest.raises(ValueError, match="one variance for the whole picture"):
+    with pytest.raises(ValueError, match="one variance for the whole image"):
         sample_custom(
             load(),
             dit_sampling.dit_sampler(),
@@ -309,7 +309,7 @@ def test_labels_survive_bfloat16(path: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert sorted(y.tolist()) == [387, 974, 979, NULL, NULL, NULL]
 
 
-def test_a_batch_of_labels_is_each_picture_alone(load: Callable[..., Any]) -> None:
+def test_a_batch_of_labels_is_each_image_alone(load: Callable[..., Any]) -> None:
     model = load()
     noise = torch.cat(randn(1, batch=3))
     sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "normal", 5)
@@ -336,7 +336,7 @@ def test_a_zeroed_label_is_the_null_class(load: Callable[..., Any]) -> None:
     assert torch.equal(sample(model, labels(207)), sample(model)), "the label itself is as it was"
 
 
-def test_several_labels_can_share_a_picture(load: Callable[..., Any]) -> None:
+def test_several_labels_can_share_a_image(load: Callable[..., Any]) -> None:
     model = load()
     mask = torch.zeros(1, 64, 64)
     mask[..., :32] = 1

@@ -79,7 +79,9 @@ def recorded(excite, monkeypatch):
 
     def watched(self, seen, sigma, rows):
         gradient = measure(self, seen, sigma, rows)
-        found.append((gradient.loss.clone(), gradient.latent / excite.host.input_scale(self.base_model, sigma).view(-1, 1, 1, 1)))
+        found.append(
+            (gradient.loss.clone(), gradient.latent / excite.run.host.input_scale(self.base_model, sigma).view(-1, 1, 1, 1))
+        )
         return gradient
 
     monkeypatch.setattr(excite.ExciteRun, "_gradient", watched)
@@ -114,7 +116,7 @@ def test_equals_the_official_implementation(guider, recorded, caplog, name, memo
 
 @pytest.fixture(scope="module")
 def losses(pack):
-    import fovea_attention.attention.excite_losses as losses
+    import fovea_attention.attention.excite.losses as losses
 
     return losses
 
@@ -243,7 +245,7 @@ def test_the_noise_and_a_second_run_are_untouched(guider, model):
 # ------------------------------------------------------------------------------------------------- batches and prompts
 
 
-def test_pictures_of_a_batch_do_not_know_each_other(guider, model):
+def test_images_of_a_batch_do_not_know_each_other(guider, model):
     settings = {"thresholds": "0:0.1, 0.4:0.06", "max_refinements": 4, "scale_factor": 100}
     together = noise_of(3)
     result, _ = run(guider(model, **settings), noise=together, sigmas=schedule(model))
@@ -354,14 +356,14 @@ def test_more_subjects_than_the_grid_has_room_for(guider, model):
 
 def test_a_gradient_that_is_not_finite_is_left_out_and_counted(guider, model, excite, monkeypatch, caplog):
     caplog.set_level("INFO", logger="fovea")
-    measure = excite.ModelPass.gradient
+    measure = excite.run.ModelPass.gradient
 
     def poisoned(self, *args):
         found = measure(self, *args)
         found.latent[0, 0, 0, 0] = float("nan")
         return found
 
-    monkeypatch.setattr(excite.ModelPass, "gradient", poisoned)
+    monkeypatch.setattr(excite.run.ModelPass, "gradient", poisoned)
     guided, _ = run(guider(model, thresholds="", guide_until=0.4), noise=noise_of(), sigmas=schedule(model))
     plain, _ = run(plain_guider(model), noise=noise_of(), sigmas=schedule(model))
     assert torch.equal(guided, plain)
@@ -381,8 +383,8 @@ def test_nothing_stays_after_a_failure(guider, excite, monkeypatch, moment, memo
     before = modules_of(model)
     with monkeypatch.context() as patch:
         if moment == "interrupt":
-            error = excite.comfy.model_management.InterruptProcessingException
-            patch.setattr(excite.host, "check_interrupted", lambda: (_ for _ in ()).throw(error()))
+            error = comfy.model_management.InterruptProcessingException
+            patch.setattr(excite.run.host, "check_interrupted", lambda: (_ for _ in ()).throw(error()))
         elif moment == "forward":
             error = Stopped
             patch.setattr(excite.ExciteObjective, "measure", lambda *args: (_ for _ in ()).throw(Stopped()))

@@ -98,7 +98,8 @@ def test_settings_outside_their_range_are_named(
 @CHEAP
 @given(name=st.sampled_from(["guide_until", "scale_factor", "scale_end", "overlap", "self_overlap", "sigma"]), value=NUMBERS)
 def test_the_guiders_numbers(node_classes: Any, name: str, value: float) -> None:
-    from fovea_attention.attention import excite, excite_losses
+    from fovea_attention.attention import excite
+    from fovea_attention.attention.excite import losses as excite_losses
 
     fields = excite.ExciteSettings.__dataclass_fields__
     kind = excite.ExciteSettings if name in fields else excite_losses.LossSettings
@@ -129,7 +130,7 @@ def test_thresholds(pack: Any, text: str) -> None:
 @CHEAP
 @given(text=st.one_of(st.text(max_size=30), st.text(alphabet="inputdlo.0123456789-,; ", max_size=40)))
 def test_layers(pack: Any, text: str) -> None:
-    from fovea_attention.attention.layer_names import parse_layers
+    from fovea_attention.attention.networks import parse_layers
 
     names = [*(f"input.{i}" for i in (1, 2, 4, 5)), "middle", *(f"output.{i}.{j}" for i in range(3, 6) for j in range(2))]
     try:
@@ -143,7 +144,7 @@ def test_layers(pack: Any, text: str) -> None:
 @CHEAP
 @given(text=st.one_of(st.text(max_size=30), st.text(alphabet="0123456789,: tabycn", max_size=30)))
 def test_class_labels(pack: Any, text: str) -> None:
-    from fovea_attention.attention.dit_labels import parse_labels
+    from fovea_attention.attention.dit.labels import parse_labels
 
     try:
         found = parse_labels(text)
@@ -159,7 +160,7 @@ def test_class_labels(pack: Any, text: str) -> None:
 @CHEAP
 @given(text=WILD)
 def test_brackets_mark_subjects_or_are_explained(pack: Any, text: str) -> None:
-    from fovea_attention.attention.prompt_text import parse_subjects
+    from fovea_attention.attention.prompts import parse_subjects
 
     try:
         plain, subjects = parse_subjects(text)
@@ -173,11 +174,11 @@ def test_brackets_mark_subjects_or_are_explained(pack: Any, text: str) -> None:
 @settings(CHEAP, max_examples=60)
 @given(text=WILD, words=WILD, encoder=st.sampled_from(["sd1", "sdxl", "pixart"]))
 def test_words_have_tokens_or_are_listed(pack: Any, text: str, words: str, encoder: str) -> None:
-    from fovea_attention.attention.tokens import tokenize
+    from fovea_attention.attention.prompts import tokenize
 
     tokens = tokenize(tiny_text.tiny(encoder), text)
     try:
-        found = tokens.resolve(words)
+        found = tokens.find(words)
     except ValueError as error:
         assert "not in the prompt" in str(error) or "prompt" in str(error)
     else:
@@ -223,7 +224,7 @@ def test_changed_map_files(files: Any, maps: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_changed_dit_files(pack: Any, tmp_path: Path, suffix: str) -> None:
-    from fovea_attention.attention.dit_files import read_dit
+    from fovea_attention.attention.dit import read_dit
 
     weights = bare(tiny())
     path = tmp_path / f"dit{suffix}"
@@ -257,7 +258,7 @@ class Planted:
 
 @pytest.mark.parametrize("layout", ["alone", "beside weights", "in the arguments", "old format"])
 def test_code_in_a_checkpoint_does_not_run(pack: Any, tmp_path: Path, layout: str) -> None:
-    from fovea_attention.attention.dit_files import read_dit
+    from fovea_attention.attention.dit import read_dit
 
     mark, path = tmp_path / "mark", tmp_path / "dit.pt"
     planted = Planted(mark)
@@ -301,7 +302,7 @@ def test_no_prefix_leaves_the_output_folder(files: Any, tmp_path: Path) -> None:
 
 @COSTLY
 @given(st.data())
-def test_runs_end_with_a_picture(node_classes: Any, data: st.DataObject) -> None:
+def test_runs_end_with_a_image(node_classes: Any, data: st.DataObject) -> None:
     """Any steps, gate, intervals, size and batch, with T-GATE and capture on one model."""
     steps = data.draw(st.integers(1, 6), "steps")
     size = (data.draw(st.integers(2, 6), "height") * 2, data.draw(st.integers(2, 6), "width") * 2)
@@ -316,7 +317,7 @@ def test_runs_end_with_a_picture(node_classes: Any, data: st.DataObject) -> None
     capture = node_classes["AttnMapCapture"].execute
     model, handle = capture(model, max_memory_mb=megabytes, self_attention=self_attention).args[:2]
     latent = torch.zeros(data.draw(st.integers(1, 3), "batch"), 4, *size)
-    picture = sample(model, steps=steps, latent_image=latent)
-    assert torch.isfinite(picture).all()
+    image = sample(model, steps=steps, latent_image=latent)
+    assert torch.isfinite(image).all()
     heat = handle.heat(prompt="positive")
     assert torch.isfinite(heat).all() and heat.min() >= 0

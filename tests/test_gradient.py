@@ -28,7 +28,7 @@ def gradient(pack):
 
 @pytest.fixture(scope="module")
 def sites(pack):
-    import fovea_attention.attention.sites as sites
+    import fovea_attention.attention.networks as sites
 
     return sites
 
@@ -86,7 +86,7 @@ def forwards_of(model):
 
 
 def watched_layers(sites, model, share=1.0):
-    layers = sites.capture_layers(model.model.diffusion_model)
+    layers = sites.attention_layers(model.model.diffusion_model)
     return layers[: max(1, round(len(layers) * share))]
 
 
@@ -210,7 +210,7 @@ def test_weights_streamed_through_one_buffer(gradient, sites, monkeypatch):
 
 
 def test_weight_functions_act_in_both_directions(gradient, sites):
-    """How the host applies LoRA to weights that it does not keep."""
+    """How ComfyUI applies LoRA to weights that it does not keep."""
     model, merged = unet(), unet()
 
     def weighted(model):
@@ -246,7 +246,7 @@ def test_half_precision(gradient, sites, dtype, likeness):
 # -------------------------------------------------------------------------------------------------- what is computed at all
 
 
-def test_pictures_that_do_not_matter_are_not_computed(gradient, sites):
+def test_images_that_do_not_matter_are_not_computed(gradient, sites):
     model = unet()
     whole, _ = gradient_of(gradient, sites, model, batch=3)
     some, _ = gradient_of(gradient, sites, model, batch=3, rows=torch.tensor([2, 0]))
@@ -314,7 +314,7 @@ def test_out_of_memory_is_met_with_less_memory(gradient, sites):
 
 
 class Residuals:
-    """What the host asks of a ControlNet's wrapper, with residuals that need no network."""
+    """What ComfyUI asks of a ControlNet's wrapper, with residuals that need no network."""
 
     previous_controlnet = None
     extra_hooks = None
@@ -377,7 +377,7 @@ PADDINGS = [
 
 @pytest.mark.parametrize(("mode", "padding", "kernel"), PADDINGS)
 def test_every_padding_of_a_convolution(gradient, mode, padding, kernel):
-    """Nodes for seamless pictures make convolutions circular."""
+    """Nodes for seamless images make convolutions circular."""
     network = torch.nn.Sequential(comfy.ops.disable_weight_init.Conv2d(2, 3, kernel, padding=padding, padding_mode=mode))
     for parameter in network.parameters():
         parameter.requires_grad_(False).copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
@@ -387,6 +387,6 @@ def test_every_padding_of_a_convolution(gradient, mode, padding, kernel):
         return torch.autograd.grad(network(x).square().sum(), x)[0]
 
     expected = slope()
-    with gradient.frozen_ops(network):
+    with gradient.frozen_ops.frozen_ops(network):
         assert network[0].__dict__["forward"].__name__ == "frozen"
         torch.testing.assert_close(slope(), expected)

@@ -55,7 +55,7 @@ class Page:
     items: int
     tables: list[list[list[Text]]]
     texts: list[Text]
-    pictures: dict[str, str]  # what they show, by address
+    images: dict[str, str]  # what they show, by address
 
     @property
     def codes(self) -> set[str]:
@@ -107,7 +107,7 @@ def parsed(path: Path) -> Page:
             found.tables[-1].append([])
         if token.type == "inline":
             found.texts.append(_text(token))
-            found.pictures.update(
+            found.images.update(
                 (str(child.attrs["src"]), child.content) for child in token.children or () if child.type == "image"
             )
             if before.type == "heading_open":
@@ -163,7 +163,7 @@ def default_text(node: str, field: Any, language: str) -> str | None:
 def test_every_node_has_a_page_in_every_language(node_classes: dict[str, type]) -> None:
     expected = {_file(node, language) for node in node_classes for language in FILES}
     assert set(HELP.rglob("*.md")) == expected
-    shown = {(HELP / picture) for node in node_classes for language in FILES for picture in page(node, language).pictures}
+    shown = {(HELP / image) for node in node_classes for language in FILES for image in page(node, language).images}
     assert {path for path in HELP.rglob("*") if path.is_file()} == expected | shown
 
 
@@ -172,7 +172,7 @@ def test_pages_are_served_where_the_browser_looks(server: HostServer) -> None:
     for node in NODES:
         for language in FILES:
             path = _file(node, language)
-            for file in (path, *(HELP / picture for picture in page(node, language).pictures)):
+            for file in (path, *(HELP / image for image in page(node, language).images)):
                 assert server.request(f"/extensions/{PACK_FOLDER}/docs/{file.relative_to(HELP).as_posix()}") == file.read_bytes()
 
 
@@ -185,7 +185,7 @@ def test_a_page_is_about_its_node_and_has_every_section(node: str, language: str
     sections = [text for _, text in others]
     assert [text for text in sections if text in SECTIONS[language]] == SECTIONS[language]
     assert sections[-1] == SECTIONS[language][-1]
-    assert [bool(description) for description in page(node, language).pictures.values()] == [True], "one picture"
+    assert [bool(description) for description in page(node, language).images.values()] == [True], "one image"
     assert " arXiv:" in " ".join(text.plain for text in page(node, language).texts[-1:]), "the paper"
 
 

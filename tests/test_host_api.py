@@ -1,4 +1,4 @@
-"""The host has what the pack uses, and the list of it is read from the sources."""
+"""ComfyUI has what the pack uses, and the list of it is read from the sources."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_heat_selects_tokens_steps_frames_and_size(api):
     torch.testing.assert_close(larger, interpolate(whole[None], size=(12, 8), mode="bicubic")[0].clamp(min=0))
 
 
-def test_an_area_is_placed_on_the_picture(api):
+def test_an_area_is_placed_on_the_image(api):
     maps = make(api, area=(0.5, 0.25, 0.5, 0.5))
     heat = maps.heat(size=(12, 8))
     assert heat.shape == (TOKENS, 12, 8)
@@ -113,27 +113,26 @@ def test_convergence_of_a_word_is_the_relative_change_of_its_tokens_together(api
 
 def test_an_empty_handle_says_what_to_do(api):
     handle = api.AttnMaps()
-    assert not handle.ready and handle.previous is None
     for use in (handle.require, handle.heat, lambda: handle.layers, handle.state_dict):
         with pytest.raises(ValueError, match="Connect that model to the sampler"):
             use()
 
 
-def test_a_handle_survives_the_hosts_copies_and_keeps_the_run_before(api):
+def test_a_handle_survives_copies_and_takes_over_the_last_run(api):
     handle = api.AttnMaps()
     assert copy.deepcopy({"options": [handle]})["options"][0] is handle
     first, second = make(api).require(), make(api, batch=1).require()
     handle.fill(first)
-    assert handle.ready and handle.previous is None
+    assert handle.require() is first
     handle.fill(second)
-    assert handle.require() is second and handle.previous.require() is first
+    assert handle.require() is second
 
 
 @pytest.mark.parametrize(
     ("use", "message"),
     [
         (lambda maps: maps.heat(prompt="negative"), "negative prompt"),
-        (lambda maps: maps.heat(batch=2), "no picture 2"),
+        (lambda maps: maps.heat(batch=2), "no image 2"),
         (lambda maps: maps.heat(cond=1), "no entry 1"),
         (lambda maps: maps.heat(layers=["input.9"]), r"input\.9.*input\.1, output\.0"),
         (lambda maps: maps.heat(layers=[]), "nothing to show"),
@@ -202,7 +201,7 @@ def test_a_bad_file_is_refused(api, damage, message):
 
 
 def test_layer_names(pack):
-    from fovea_attention.attention.layer_names import list_layers, parse_layers
+    from fovea_attention.attention.networks import list_layers, parse_layers
 
     names = ["input.1", "input.2", "input.4.0", "input.4.1", "middle", "output.3.0", "output.3.1", "output.4", "output.5"]
     assert parse_layers("", names) == names

@@ -13,7 +13,7 @@ from tiny_unet import cond, sample, small_model
 
 STEPS, CHECKED = 10, 4
 
-# The host's own loops that also evaluate between two steps, behind one, or by a schedule of their own. (Ancestral second-order
+# ComfyUI's own loops that also evaluate between two steps, behind one, or by a schedule of their own. (Ancestral second-order
 # loops do not: with all of their noise the midpoint is the next step's level.)
 OFF_THE_SCHEDULE = {
     "dpm_2", "dpm_adaptive", "dpm_fast", "dpmpp_sde", "dpmpp_sde_gpu", "heunpp2", "sa_solver_pece", "seeds_2", "seeds_3",

@@ -48,7 +48,7 @@ def inputs_of(info: dict[str, Any]) -> Iterator[tuple[str, str, Any, dict[str, A
 
 
 def test_the_server_loads_the_pack_without_a_complaint(startup_log: str, host_path: Path) -> None:
-    lines = startup_log.replace(str(host_path), "").splitlines()  # the host may lie in a folder that is named after the pack
+    lines = startup_log.replace(str(host_path), "").splitlines()  # ComfyUI may lie in a folder that is named after the pack
     loaded = [line for line in lines if PACK_FOLDER in line and "seconds:" in line]
     assert len(loaded) == 1 and "IMPORT FAILED" not in loaded[0], loaded
     bad = [
@@ -57,7 +57,7 @@ def test_the_server_loads_the_pack_without_a_complaint(startup_log: str, host_pa
         if re.search(r"fovea|T-?GATE", line, re.I) and re.search(r"warn|error|fail|cannot|traceback", line, re.I)
     ]
     assert not bad
-    tracebacks = [part.split("\n\n")[0] for part in startup_log.split("Traceback")[1:]]  # a node of the host may lack its own
+    tracebacks = [part.split("\n\n")[0] for part in startup_log.split("Traceback")[1:]]  # a node of ComfyUI may lack its own
     assert not [text for text in tracebacks if PACK_FOLDER in text]
 
 
@@ -69,7 +69,7 @@ def test_the_server_lists_every_node_of_the_pack(object_info: dict[str, Any], no
 
 
 def test_importing_the_pack_takes_no_time(pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the pack itself adds to a start of ComfyUI, with the host loaded: the best of several, in seconds of work.
+    """What the pack itself adds to a start of ComfyUI, with ComfyUI loaded: the best of several, in seconds of work.
 
     As in every start but the first, Python finds the compiled files.
 
@@ -108,7 +108,7 @@ def attributes(owner):
     return {name: id(value) for name, value in vars(owner).items() if name not in ("__warningregistry__", "__annotations__")}
 
 def host_state():
-    # Two levels: what each module of the host holds, and what each of its classes holds.
+    # Two levels: what each module of ComfyUI holds, and what each of its classes holds.
     state = {}
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] in ("comfy", "comfy_execution", "nodes", "execution", "folder_paths", "latent_preview"):
@@ -144,7 +144,7 @@ print(json.dumps({"nodes": found, "modules": new, "changed": changed, "added": a
 
 
 def test_importing_the_pack_has_no_side_effects(host_path: Path, node_classes: dict[str, type]) -> None:
-    """In a fresh process: nothing of the host replaced or added, no logging set up, no foreign module pulled in."""
+    """In a fresh process: nothing of ComfyUI replaced or added, no logging set up, no foreign module pulled in."""
     command = [sys.executable, "-c", OBSERVE]
     env = {**os.environ, "COMFYUI_PATH": str(host_path)}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "dev", env=env, timeout=300)

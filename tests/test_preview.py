@@ -46,7 +46,7 @@ def loaded() -> tuple[Any, Any, Any]:
 
 @pytest.fixture(scope="module")
 def sampled(nodes_of_pack: Any, loaded: tuple[Any, Any, Any]) -> Any:
-    """Runs the embedded model under capture; returns the maps and the decoded pictures."""
+    """Runs the embedded model under capture; returns the maps and the decoded images."""
     model, clip, vae = loaded
 
     def run(
@@ -74,7 +74,7 @@ def sampled(nodes_of_pack: Any, loaded: tuple[Any, Any, Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def run(sampled: Any) -> tuple[Any, torch.Tensor]:
-    """One picture with two subjects, and everything captured."""
+    """One image with two subjects, and everything captured."""
     return sampled(self_attention=True)
 
 
@@ -89,8 +89,8 @@ def report_of(output: Any) -> dict[str, Any]:
     return json.loads(output.args[2])
 
 
-def words_of(output: Any, picture: int = 0) -> list[str]:
-    return [word["word"] for word in report_of(output)["pictures"][picture]["words"]]
+def words_of(output: Any, image: int = 0) -> list[str]:
+    return [word["word"] for word in report_of(output)["pictures"][image]["words"]]
 
 
 # --- every view -------------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def test_every_view_of_words(preview: Any, run: Any, view: str) -> None:
 
 
 def test_words_look_at_what_they_name(preview: Any, run: Any) -> None:
-    """The maps are those of the picture: where a word looks most, the picture has its colour."""
+    """The maps are those of the image: where a word looks most, the image has its colour."""
     maps, images = run
     output = preview(maps, images)
     for mask, figures, channel in zip(output.args[1], report_of(output)["pictures"][0]["words"], (0, 2), strict=True):
@@ -187,7 +187,7 @@ def test_thresholds_at_their_ends(preview: Any, run: Any, view: str, threshold: 
 
 
 @pytest.mark.parametrize("colormap", ["turbo", "viridis", "jet", "gray"])
-def test_colormaps_change_the_picture_only(preview: Any, run: Any, colormap: str) -> None:
+def test_colormaps_change_the_image_only(preview: Any, run: Any, colormap: str) -> None:
     maps, images = run
     output = preview(maps, images, words="red", colormap=colormap, opacity=1.0)
     heat = output.args[0][0][:512, :512]
@@ -195,7 +195,7 @@ def test_colormaps_change_the_picture_only(preview: Any, run: Any, colormap: str
     assert gray == (colormap == "gray")
 
 
-def test_opacity_zero_shows_the_picture(preview: Any, run: Any) -> None:
+def test_opacity_zero_shows_the_image(preview: Any, run: Any) -> None:
     maps, images = run
     shown = preview(maps, images, words="red", opacity=0.0).args[0][0][:512, :512]
     small = torch.nn.functional.interpolate(shown.permute(2, 0, 1)[None], (256, 256), mode="area")[0].permute(1, 2, 0)
@@ -205,11 +205,11 @@ def test_opacity_zero_shows_the_picture(preview: Any, run: Any) -> None:
 # --- batches, shapes, steps, heads --------------------------------------------------------------------------------------
 
 
-def test_batches_pair_each_picture_with_its_own_maps(preview: Any, sampled: Any) -> None:
+def test_batches_pair_each_image_with_its_own_maps(preview: Any, sampled: Any) -> None:
     maps, images = sampled(width=384, batch=2)
     for view in WORD_VIEWS:
         output = preview(maps, images, view=view)
-        assert output.args[1].shape == (4, 256, 384), "picture by picture, in the order of the words"
+        assert output.args[1].shape == (4, 256, 384), "image by image, in the order of the words"
         assert len(report_of(output)["pictures"]) == 2
     both = preview(maps, images)
     assert len(both.args[0]) == 4
@@ -218,7 +218,7 @@ def test_batches_pair_each_picture_with_its_own_maps(preview: Any, sampled: Any)
     assert not torch.allclose(both.args[1][0], both.args[1][2], atol=0.1)
 
 
-def test_one_captured_picture_serves_any_number(preview: Any, run: Any) -> None:
+def test_one_captured_image_serves_any_number(preview: Any, run: Any) -> None:
     maps, images = run
     masks = preview(maps, images.repeat(3, 1, 1, 1)).args[1]
     assert masks.shape[0] == 6 and torch.equal(masks[:2], masks[4:])
@@ -232,7 +232,7 @@ def test_other_sizes_of_the_same_shape_fit(preview: Any, run: Any) -> None:
         assert output.args[0].shape[2] == max(side, 512)
 
 
-def test_pictures_with_alpha_are_shown(preview: Any, run: Any) -> None:
+def test_images_with_alpha_are_shown(preview: Any, run: Any) -> None:
     maps, images = run
     shown = preview(maps, torch.cat([images, torch.ones_like(images[..., :1])], -1)).args[0]
     assert torch.equal(shown, preview(maps, images).args[0])
@@ -255,7 +255,7 @@ def test_one_step(preview: Any, sampled: Any) -> None:
 
 
 def test_the_gate_of_t_gate_is_marked(run: Any, pack: Any) -> None:
-    views = importlib.import_module("fovea_attention.attention.views")
+    views = importlib.import_module("fovea_attention.attention.maps.views")
     maps, _ = run
     request = views.Request(default_gate=lambda steps: 2)
     assert views._gate(maps, request) == views.Marker(2.5, "T-GATE gate (default)")
@@ -336,10 +336,10 @@ def test_views_of_what_was_not_captured(preview: Any, sampled: Any) -> None:
     assert preview(maps, images, view="convergence").args[0].std() > 0.05
 
 
-def test_pictures_that_do_not_fit(preview: Any, sampled: Any) -> None:
+def test_images_that_do_not_fit(preview: Any, sampled: Any) -> None:
     maps, images = sampled(batch=2)
     for count in (1, 3):
-        with pytest.raises(ValueError, match=f"images has {count} pictures?, but 2 were sampled"):
+        with pytest.raises(ValueError, match=f"images has {count} images?, but 2 were sampled"):
             preview(maps, images[:1].repeat(count, 1, 1, 1))
     for shape in ((2, 256, 128, 3), (2, 100, 256, 3)):
         with pytest.raises(ValueError, match=f"images is {shape[2]} x {shape[1]}"):
@@ -374,12 +374,12 @@ def test_an_interrupt_while_it_is_drawn_leaves_nothing(
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     with monkeypatch.context() as patch:
-        patch.setattr("fovea_attention.attention.host.check_interrupted", count)
+        patch.setattr("fovea_attention.attention.host.progress.check_interrupted", count)
         expected = preview(maps, images, view=view)
-    assert pauses > (view != "self-attention")  # there is a pause at each picture, in other views at each word too
+    assert pauses > (view != "self-attention")  # there is a pause at each image, in other views at each word too
     shutil.rmtree(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(comfy.model_management.InterruptProcessingException):
-        patch.setattr("fovea_attention.attention.host.check_interrupted", cancel)
+        patch.setattr("fovea_attention.attention.host.progress.check_interrupted", cancel)
         preview(maps, images, view=view)
     assert pauses == 0 and not tmp_path.exists()
     again = preview(maps, images, view=view)
@@ -397,7 +397,7 @@ def pointing_of(output: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("view", ["overlay", "steps", "layers", "segments", "self-attention"])
-def test_every_picture_can_be_pointed_at(preview: Any, run: Any, view: str) -> None:
+def test_every_image_can_be_pointed_at(preview: Any, run: Any, view: str) -> None:
     """The file says which words look at a place, whatever words the view shows."""
     maps, images = run
     output = preview(maps, images, view=view)
@@ -409,9 +409,9 @@ def test_every_picture_can_be_pointed_at(preview: Any, run: Any, view: str) -> N
     shares = levels * torch.tensor(content["maps"][0]["highest"])[:, None, None]
     assert torch.allclose(shares[1], maps.heat(positions=[2])[0] / STEPS, atol=2e-3)
     assert len(content["pictures"]) == len(output.args[0])
-    for picture, sheet in zip(content["pictures"], output.args[0], strict=True):
-        assert picture["map"] == 0 and picture["panels"]
-        for x, y, width, height in picture["panels"]:
+    for image, sheet in zip(content["pictures"], output.args[0], strict=True):
+        assert image["map"] == 0 and image["panels"]
+        for x, y, width, height in image["panels"]:
             assert x >= 0 and y >= 0 and x + width <= sheet.shape[1] and y + height <= sheet.shape[0]
 
 
@@ -420,13 +420,13 @@ def test_charts_cannot_be_pointed_at(preview: Any, run: Any) -> None:
     assert "fovea_words" not in preview(maps, images, view="convergence").ui
 
 
-def test_pictures_of_unknown_prompts_cannot_be_pointed_at(preview: Any, sampled: Any) -> None:
+def test_images_of_unknown_prompts_cannot_be_pointed_at(preview: Any, sampled: Any) -> None:
     maps, images = sampled(plain=True, self_attention=True)
     assert "fovea_words" not in preview(maps, images, view="self-attention").ui
 
 
 def test_the_file_stays_small(run: Any, pack: Any) -> None:
-    pointing = importlib.import_module("fovea_attention.attention.pointing")
+    pointing = importlib.import_module("fovea_attention.attention.maps.hover")
     assert pointing._grid((64, 64), 6) == (64, 64)
     assert pointing._grid((256, 128), 1) == (64, 32)
     height, width = pointing._grid((64, 64), 300 * 16)

@@ -1,4 +1,4 @@
-"""The "Prompt with Subjects" node with the host's own nodes before and after it."""
+"""The "Prompt with Subjects" node with ComfyUI's own nodes before and after it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_encoders() -> Iterator[None]:
-    """Freed while the host is still there: its objects complain when the interpreter takes them down."""
+    """Freed while ComfyUI is still there: its objects complain when the interpreter takes them down."""
     yield
     tiny_text.tiny.cache_clear()
 
 
 @pytest.fixture(scope="module")
 def tokens(pack: ModuleType) -> ModuleType:
-    return importlib.import_module(f"{pack.__name__}.attention.tokens")
+    return importlib.import_module(f"{pack.__name__}.attention.prompts")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_the_output_is_that_of_clip_text_encode(
 ) -> None:
     theirs = core.CLIPTextEncode().encode(tiny_text.tiny(family), PLAIN)[0]
     ours = prompt(TEXT, family)
-    info = tokens.prompt_info(ours)
+    (info,) = tokens.prompt_infos(ours)
     assert [place.word for place in info.subjects] == ["cat", "red frog"]
     assert [place.positions for place in info.subjects] == [info.tokens.find(w)[0].positions for w in ("cat", "red frog")]
     without = [[rows, {name: value for name, value in options.items() if name != tokens.METADATA}] for rows, options in ours]
@@ -125,7 +125,7 @@ def test_an_unknown_encoder_still_encodes(
     assert torch.equal(encoded[0][0], core.CLIPTextEncode().encode(clip, PLAIN)[0][0][0])
     assert "cannot be found in the output of this text encoder" in caplog.text
     with pytest.raises(tokens.UnknownEncoder):
-        tokens.prompt_info(encoded)
+        tokens.prompt_infos(encoded)
 
 
 def test_the_schema(node: Any) -> None:
@@ -151,7 +151,7 @@ def test_the_translation_names_what_the_node_has(node: Any, language: str) -> No
         assert (entry["display_name"], entry["description"]) == (schema.display_name, schema.description)
 
 
-# --- the host's nodes behind it ---------------------------------------------------------------------------------------
+# --- ComfyUI's nodes behind it ---------------------------------------------------------------------------------------
 
 
 def _control_net() -> comfy.controlnet.ControlNet:
@@ -208,7 +208,7 @@ def test_words_survive_the_hosts_conditioning_nodes(
     before = prompt()
     kept = copy.deepcopy(before[0][1][tokens.METADATA])
     changed = AFTER[name](core, before, prompt("something else"))
-    info = tokens.prompt_info(changed)
+    (info,) = tokens.prompt_infos(changed)
     assert [(place.word, place.positions) for place in info.subjects] == [("cat", (2,)), ("red frog", (6, 7))]
     assert info.length == changed[0][0].shape[1]
     assert before[0][1][tokens.METADATA] == kept
@@ -227,11 +227,11 @@ def test_joined_behind_another_prompt_the_first_ones_words_count(
     tokens: ModuleType, core: ModuleType, prompt: Callable[..., Any]
 ) -> None:
     joined = core.ConditioningConcat().concat(prompt("a [cat]"), prompt("a blue [chair]"))[0]
-    info = tokens.prompt_info(joined)
+    (info,) = tokens.prompt_infos(joined)
     assert (info.length, [place.word for place in info.subjects]) == (154, ["cat"])
     plain = core.CLIPTextEncode().encode(tiny_text.tiny("sd1"), "a photo")[0]
     with pytest.raises(ValueError, match="Prompt with Subjects"):
-        tokens.prompt_info(core.ConditioningConcat().concat(plain, prompt("a [cat]"))[0])
+        tokens.prompt_infos(core.ConditioningConcat().concat(plain, prompt("a [cat]"))[0])
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------

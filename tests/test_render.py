@@ -1,4 +1,4 @@
-"""Attention maps as pictures: colours, scales, captions and every kind of figure, for any size of input."""
+"""Attention maps as images: colours, scales, captions and every kind of figure, for any size of input."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ SIZES = [(64, 64), (1, 40), (40, 1), (30, 90), (700, 200)]
 
 @pytest.fixture(scope="module")
 def render(pack: Any) -> Any:
-    return importlib.import_module("fovea_attention.attention.render")
+    return importlib.import_module("fovea_attention.attention.maps.drawing.render")
 
 
 @pytest.fixture(scope="module")
 def colormaps(pack: Any) -> Any:
-    return importlib.import_module("fovea_attention.attention.colormaps")
+    return importlib.import_module("fovea_attention.attention.maps.drawing.colormaps")
 
 
 @pytest.fixture(scope="module")
 def chart(pack: Any) -> Any:
-    return importlib.import_module("fovea_attention.attention.chart")
+    return importlib.import_module("fovea_attention.attention.maps.drawing.chart")
 
 
 @pytest.fixture(scope="module")
 def text_font(pack: Any) -> Any:
-    return importlib.import_module("fovea_attention.attention.text_font")
+    return importlib.import_module("fovea_attention.attention.maps.drawing.fonts")
 
 
 def picture(height: int = 64, width: int = 64) -> torch.Tensor:
@@ -123,10 +123,10 @@ def test_a_style_out_of_range_says_so(render: Any, name: str, value: float) -> N
         render.Style(**{name: value})
 
 
-# --- heat over pictures -----------------------------------------------------------------------------------------------
+# --- heat over images -----------------------------------------------------------------------------------------------
 
 
-def test_opacity_goes_from_the_picture_to_the_heat(render: Any, colormaps: Any) -> None:
+def test_opacity_goes_from_the_image_to_the_heat(render: Any, colormaps: Any) -> None:
     shown, heat = picture(32, 48), blob(0.5, 0.5, 32, 48)
     assert torch.equal(render.blend(shown, heat, render.Style(opacity=0)), shown)
     only = render.blend(shown, heat, render.Style(opacity=1, threshold=0))
@@ -161,7 +161,7 @@ def test_the_point_that_looks_is_marked(render: Any) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_captioned_picture_of_any_size_shows_it_whole_with_text_below(render: Any, size: tuple[int, int]) -> None:
+def test_a_captioned_image_of_any_size_shows_it_whole_with_text_below(render: Any, size: tuple[int, int]) -> None:
     scale = render.Scale(0.001, 0.25)
     figure = render.captioned(picture(*size), "red frog", "20 steps", scale, render.Style())
     height, width = figure.image.shape[:2]
@@ -175,7 +175,7 @@ def test_a_captioned_picture_of_any_size_shows_it_whole_with_text_below(render: 
 
 
 def test_the_colour_bar_has_its_numbers(render: Any) -> None:
-    """The same picture with other numbers looks different only where the numbers are."""
+    """The same image with other numbers looks different only where the numbers are."""
     one, other = (
         render.captioned(picture(), "cat", "", scale, render.Style()) for scale in (render.Scale(0, 1), render.Scale(0, 0.5))
     )

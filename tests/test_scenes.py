@@ -16,7 +16,7 @@ WANTED = 210  # objects
 
 @pytest.fixture(scope="module")
 def drawn() -> list[tuple[torch.Tensor, draw.Scene]]:
-    """Plain scenes of one to three objects, small and large pictures in turn: [H, W, 3] and the scene."""
+    """Plain scenes of one to three objects, small and large images in turn: [H, W, 3] and the scene."""
     rng = random.Random(11)
     scenes = [draw.sample(rng, objects=1 + i % 3, style=None) for i in range(WANTED // 2)]
     return [(draw.render([scene], (32, 256)[i % 2])[0][0].movedim(0, -1), scene) for i, scene in enumerate(scenes)]
@@ -24,7 +24,7 @@ def drawn() -> list[tuple[torch.Tensor, draw.Scene]]:
 
 @pytest.fixture(scope="module")
 def loaded():
-    """MODEL, CLIP, VAE of the shipped file through the host's own loader."""
+    """MODEL, CLIP, VAE of the shipped file through ComfyUI's own loader."""
     return evaluate.load()
 
 
@@ -145,7 +145,7 @@ def test_encoder_is_the_exact_area_average(loaded):
     assert (latent.float().cpu() - expected).abs().max() < 1e-3
 
 
-def test_decoder_gives_back_drawn_pictures(loaded):
+def test_decoder_gives_back_drawn_images(loaded):
     rng = random.Random(8)
     pictures = draw.render([draw.sample(rng, style=None) for _ in range(4)], 256)[0].movedim(1, -1)
     with torch.inference_mode():
@@ -155,7 +155,7 @@ def test_decoder_gives_back_drawn_pictures(loaded):
     assert (decoded.float().cpu() - pictures).abs().mean() < 0.02
 
 
-def test_host_nodes_make_a_picture_that_does_not_depend_on_the_batch(loaded):
+def test_host_nodes_make_a_image_that_does_not_depend_on_the_batch(loaded):
     chosen = evaluate.prompts(2)
     together = evaluate.generate(*loaded, chosen, steps=3, batch=2)
     alone = evaluate.generate(*loaded, chosen, steps=3, batch=1)

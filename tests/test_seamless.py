@@ -1,4 +1,4 @@
-"""Seamless Tiling: the model and the decoder no longer know where the picture ends."""
+"""Seamless Tiling: the model and the decoder no longer know where the image ends."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ class Shifted(Noise):
         return super().generate_noise(latent).roll(self.shifts, (-2, -1))
 
 
-def difference(picture: torch.Tensor, shifted: torch.Tensor) -> float:
-    """How far ``shifted`` is from the shifted ``picture``, in parts of its spread."""
-    return float((picture.roll(SHIFTS, (-2, -1)) - shifted).abs().mean() / picture.std())
+def difference(image: torch.Tensor, shifted: torch.Tensor) -> float:
+    """How far ``shifted`` is from the shifted ``image``, in parts of its spread."""
+    return float((image.roll(SHIFTS, (-2, -1)) - shifted).abs().mean() / image.std())
 
 
 def padding_modes(model) -> set[str]:
     return {module.padding_mode for module in model.model.modules() if isinstance(module, torch.nn.Conv2d)}
 
 
-def test_shifted_noise_gives_the_shifted_picture(model, seamless):
+def test_shifted_noise_gives_the_shifted_image(model, seamless):
     latent = torch.zeros(1, 4, *SIZE)
     joined = seamless(model)
     assert difference(plain(joined, latent=latent), plain(joined, latent=latent, noise=Shifted(SHIFTS))) < SAME
@@ -69,8 +69,8 @@ def test_t_gate_and_capture_work_on_it(model, seamless, node_classes):
         lambda: node_classes["AttnMapCapture"].execute(seamless(model))[0],
     ):
         of = build()
-        pictures = [plain(of, latent=latent, steps=4, noise=Shifted(shifts)) for shifts in ((0, 0), SHIFTS)]
-        assert difference(*pictures) < SAME
+        images = [plain(of, latent=latent, steps=4, noise=Shifted(shifts)) for shifts in ((0, 0), SHIFTS)]
+        assert difference(*images) < SAME
 
 
 @pytest.mark.newest
@@ -81,7 +81,7 @@ def test_subjects_are_guided_on_it(model, seamless, node_classes):
     assert guided.isfinite().all() and not torch.allclose(guided, plain(joined, latent=torch.zeros(1, 4, *SIZE), steps=4))
 
 
-def test_distilled_pictures_are_seamless_too(node, model, seamless):
+def test_distilled_images_are_seamless_too(node, model, seamless):
     """The gradient goes round the edges as well."""
     settings = {"latent": {"samples": torch.zeros(1, 4, *SIZE)}, "iterations": 1, "learning_rate": 0.02, "steps": 2}
     joined = seamless(model)
@@ -102,7 +102,7 @@ def test_the_model_that_came_in_is_as_it_was(model, seamless):
     before = sample(model, FAMILY.conds(1), FAMILY.conds(2), steps=2)
     joined = seamless(model)
     sample(joined, FAMILY.conds(1), FAMILY.conds(2), steps=2)
-    assert "circular" in padding_modes(model)  # loaded as the host loads any patched model
+    assert "circular" in padding_modes(model)  # loaded as ComfyUI loads any patched model
     assert torch.equal(sample(model, FAMILY.conds(1), FAMILY.conds(2), steps=2), before)
     assert padding_modes(model) == {"zeros"}
     sample(joined, FAMILY.conds(1), FAMILY.conds(2), steps=1)
@@ -128,25 +128,25 @@ def vae():
 
 
 @pytest.mark.newest
-def test_a_decoded_picture_has_no_edges(node_classes, vae):
-    """Shifting the latent shifts the picture. (The decoder's norms are over the whole, so what repeats changes nothing.)"""
+def test_a_decoded_image_has_no_edges(node_classes, vae):
+    """Shifting the latent shifts the image. (The decoder's norms are over the whole, so what repeats changes nothing.)"""
     decode = node_classes["FoveaSeamlessDecode"].execute
     channels = vae.latent_channels
     latent = torch.randn(2, channels, 24, 16, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
-        picture, shifted = (decode({"samples": each}, vae)[0] for each in (latent, latent.roll((5, -3), (-2, -1))))
+        image, shifted = (decode({"samples": each}, vae)[0] for each in (latent, latent.roll((5, -3), (-2, -1))))
         usual, usual_shifted = (
             host_node("VAEDecode")(vae=vae, samples={"samples": each})[0] for each in (latent, latent.roll((5, -3), (-2, -1)))
         )
-    assert picture.shape == usual.shape == (2, 192, 128, 3)
-    found = (picture.roll((40, -24), (1, 2)) - shifted).abs().mean()
+    assert image.shape == usual.shape == (2, 192, 128, 3)
+    found = (image.roll((40, -24), (1, 2)) - shifted).abs().mean()
     assert found < 0.1 * (usual.roll((40, -24), (1, 2)) - usual_shifted).abs().mean()
 
 
 def test_a_latent_smaller_than_the_decoder_sees_is_decoded(node_classes, vae):
     with torch.inference_mode():
-        picture = node_classes["FoveaSeamlessDecode"].execute({"samples": torch.zeros(1, vae.latent_channels, 4, 8)}, vae)[0]
-    assert picture.shape == (1, 32, 64, 3) and picture.isfinite().all()
+        image = node_classes["FoveaSeamlessDecode"].execute({"samples": torch.zeros(1, vae.latent_channels, 4, 8)}, vae)[0]
+    assert image.shape == (1, 32, 64, 3) and image.isfinite().all()
 
 
 def test_a_video_is_refused(node_classes, vae):
@@ -156,7 +156,7 @@ def test_a_video_is_refused(node_classes, vae):
 
 @pytest.mark.newest
 def test_the_demo_model_makes_tiles(node_classes, seamless, vae):
-    """Across the edges of a sampled picture neighbours differ no more than within it."""
+    """Across the edges of a sampled image neighbours differ no more than within it."""
     model, clip, vae = evaluate.load()
     prompt = evaluate.encode(clip, ["a striped navy background"])
     null = evaluate.encode(clip, [""])
@@ -165,9 +165,9 @@ def test_the_demo_model_makes_tiles(node_classes, seamless, vae):
         latent = torch.zeros(1, vae.latent_channels, 32, 32)
         samples = sample(of, prompt, null, steps=8, cfg=4, latent_image=latent)
         with torch.inference_mode():
-            picture = decode({"samples": samples}, vae)[0]
-        rows = (picture - picture.roll(1, 1)).abs().mean((2, 3))[0]
-        columns = (picture - picture.roll(1, 2)).abs().mean((1, 3))[0]
+            image = decode({"samples": samples}, vae)[0]
+        rows = (image - image.roll(1, 1)).abs().mean((2, 3))[0]
+        columns = (image - image.roll(1, 2)).abs().mean((1, 3))[0]
         return float((rows[0] / rows[1:].mean() + columns[0] / columns[1:].mean()) / 2)
 
     joined = steps_across(seamless(model), node_classes["FoveaSeamlessDecode"].execute)

@@ -21,14 +21,14 @@ def apart(one: torch.Tensor, other: torch.Tensor):
     return distance(style(one), style(other))
 
 
-def test_equal_pictures_have_no_distance_and_order_does_not_matter():
+def test_equal_images_have_no_distance_and_order_does_not_matter():
     one, other = ground("navy", "striped"), ground("brown", "dotted")
     assert apart(one, one).total == 0
     assert apart(one, other) == apart(other, one)
 
 
 @pytest.mark.parametrize("pattern", draw.PATTERNS)
-def test_a_picture_that_is_moved_keeps_its_style(pattern):
+def test_a_image_that_is_moved_keeps_its_style(pattern):
     """Up to what comes in at the border."""
     one = ground("navy", pattern)
     moved, rolled = ground("navy", pattern, (2.7, 5.3)), one.roll((40, -56), (0, 1))
@@ -60,7 +60,7 @@ def test_the_distance_grows_with_the_change():
     assert colours == sorted(colours)
 
 
-def test_pictures_may_differ_in_size():
+def test_images_may_differ_in_size():
     assert apart(ground("navy", "striped"), ground("navy", "striped", size=128)).total < 0.02
     wide = torch.cat([ground("navy", "dotted")] * 2, dim=1)
     assert apart(ground("navy", "dotted"), wide).total < 0.03
@@ -70,17 +70,17 @@ def test_a_drawing_in_the_style_is_nearer_than_one_in_another():
     references = evaluate_distill.draw_references(len(evaluate_distill.GROUPS))
     assert [reference.group for reference in references] == list(evaluate_distill.GROUPS)
     for number, reference in enumerate(references):
-        near = apart(reference.picture, evaluate_distill.another_in_the_style(reference, number)).total
-        far = [apart(reference.picture, other.picture).total for other in references if other is not reference]
+        near = apart(reference.image, evaluate_distill.another_in_the_style(reference, number)).total
+        far = [apart(reference.image, other.image).total for other in references if other is not reference]
         assert near < sum(far) / len(far)
 
 
 def test_contents_are_scenes_that_the_detector_knows():
-    pictures, prompts = evaluate_distill.draw_contents(6)
-    assert all(finding.right for picture in evaluate.score(pictures, prompts) for finding in picture)
+    images, prompts = evaluate_distill.draw_contents(6)
+    assert all(finding.right for image in evaluate.score(images, prompts) for finding in image)
 
 
-def test_an_object_that_fills_the_picture_has_no_shape():
+def test_an_object_that_fills_the_image_has_no_shape():
     found = detect.find(torch.tensor(draw.COLOURS["red"]).expand(256, 256, 3), "red", "circle")
     assert found.present and not found.right
 
@@ -91,9 +91,9 @@ def setup():
 
 
 def test_injected_keys_and_values_are_the_references(setup):
-    """A picture that is its own reference, with the same noise, is not changed by them."""
+    """An image that is its own reference, with the same noise, is not changed by them."""
     reference = evaluate_distill.draw_reference("striped", random.Random(1))
-    latent = setup.encoded(reference.picture[None])["samples"]
+    latent = setup.encoded(reference.image[None])["samples"]
     null = evaluate.encode(setup.clip, [""])
     with torch.inference_mode():
         injection = evaluate_distill.KeyValueInjection(setup.model, latent, null[0][0], setup.layers())
@@ -114,12 +114,12 @@ def test_injected_keys_and_values_are_the_references(setup):
 def test_both_parts_measure_every_row(setup, capsys):
     for part, first in (("style", "plain"), ("transfer", "content as it is")):
         rows = evaluate_distill.ROWS[part]
-        report, pictures = evaluate_distill.PARTS[part](setup, 2, rows)
+        report, images = evaluate_distill.PARTS[part](setup, 2, rows)
         assert set(rows) < set(report) and report[first]["share of first row"]["value"] == 1
         for row in report.values():
             assert row["distance"]["low"] <= row["distance"]["value"] <= row["distance"]["high"]
             assert len(row["pictures"]) == 2
         shown = 2 + len(rows) + (part == "style")  # the reference, the first row and, of styles, a drawing
-        assert pictures.shape == (2 * shown, 256, 256, 3)
+        assert images.shape == (2 * shown, 256, 256, 3)
     assert report["content as it is"]["objects right"]["share"] == 1
     assert "distilled, published" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import collections
 import comfy.samplers
 import pytest
 import torch
-from tgate_reference import Reference, assert_same_picture, relative_difference
+from tgate_reference import Reference, assert_same_image, relative_difference
 from tiny_unet import cond, latent, reference_cases, sample, small_model, vector_model
 
 CASES = reference_cases("tgate")
@@ -51,7 +51,7 @@ def assert_equal_to_official(result: torch.Tensor, official: torch.Tensor, sigma
 
 
 def separate_calls(model) -> None:
-    """Make the host believe that two conds never fit into memory together, as on a small GPU."""
+    """Make ComfyUI believe that two conds never fit into memory together, as on a small GPU."""
     model.model.memory_required = lambda *args, **kwargs: float("inf")
 
 
@@ -75,7 +75,7 @@ def test_equals_the_official_implementation(tgate, name, together):
 
 @pytest.mark.newest
 def test_the_reference_cases_are_sampled_as_they_were_recorded(tgate):
-    """Without T-GATE the host equals the recorded plain run, so a difference above is T-GATE's own."""
+    """Without T-GATE ComfyUI equals the recorded plain run, so a difference above is T-GATE's own."""
     case = CASES["n12_g4_sp1_fi1_w2_b1"]
     assert_equal_to_official(run_case(vector_model(), case), case["base_x"], case["sigmas"])
 
@@ -89,7 +89,7 @@ def test_keeping_the_positive_prompt_equals_keeping_the_negative_where_text_ente
     model = small_model()
     positive = sample(tgate(model))
     negative = sample(tgate(model, cfg_after_gate=AS_PUBLISHED))
-    assert_same_picture(positive, negative)
+    assert_same_image(positive, negative)
 
 
 def attention_blocks(model) -> list[str]:
@@ -179,12 +179,12 @@ def test_equals_the_plain_reference(tgate, gate, settings):
     )
     expected = sample(reference.apply(model))
     result = sample(tgate(model, gate_at=gate / 10, **settings))
-    assert_same_picture(result, expected)
-    assert relative_difference(result, sample(model)) > 1e-4  # the schedule shows in the picture
+    assert_same_image(result, expected)
+    assert relative_difference(result, sample(model)) > 1e-4  # the schedule shows in the image
 
 
 @pytest.mark.parametrize("kept", ["drop (keep positive)", AS_PUBLISHED, "keep"])
-def test_the_more_full_steps_after_the_gate_the_nearer_to_the_plain_picture(tgate, kept):
+def test_the_more_full_steps_after_the_gate_the_nearer_to_the_plain_image(tgate, kept):
     model = small_model()
     plain = sample(model)
     never, third, second = (
@@ -195,7 +195,7 @@ def test_the_more_full_steps_after_the_gate_the_nearer_to_the_plain_picture(tgat
 
 
 def test_guidance_goes_on_along_a_line_over_log_sigma_and_not_far(pack):
-    from fovea_attention.attention.run import StepClock
+    from fovea_attention.attention.host import StepClock
     from fovea_attention.attention.tgate import TGateRun, TGateSettings
 
     run = TGateRun(TGateSettings(refresh_every=3), StepClock.from_sigmas(torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.0])), True)
@@ -262,7 +262,7 @@ def test_batches_keep_their_items_apart(tgate, batch):
     start = latent(batch=batch)
     gated = sample(tgate(model), latent_image=start)
     expected = sample(Reference(4, sp=5).apply(model), latent_image=start)
-    assert_same_picture(gated, expected)
+    assert_same_image(gated, expected)
 
 
 @pytest.mark.newest
@@ -322,7 +322,7 @@ def test_a_looser_tolerance_opens_earlier(tgate, caplog):
 )
 def test_auto_waits_until_attention_settles(pack, monkeypatch, changes, gate):
     from fovea_attention.attention import tgate
-    from fovea_attention.attention.run import StepClock
+    from fovea_attention.attention.host import StepClock
 
     settings = tgate.TGateSettings(gate_at=0.5, mode=tgate.Mode.AUTO, tolerance=0.05)
     run = tgate.TGateRun(settings, StepClock.from_sigmas(torch.linspace(10, 0, 21)), True)
@@ -375,4 +375,4 @@ def test_prompts_of_unequal_length(tgate):
     model = small_model()
     long = cond(5, tokens=154)
     expected = sample(Reference(4, sp=5).apply(model), cond(1), long)
-    assert_same_picture(sample(tgate(model), cond(1), long), expected)
+    assert_same_image(sample(tgate(model), cond(1), long), expected)

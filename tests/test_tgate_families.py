@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from families import FAMILIES, Family, sample
-from tgate_reference import ModuleReference, assert_same_picture, relative_difference
+from tgate_reference import ModuleReference, assert_same_image, relative_difference
 
 STEPS, GATE = 6, 3
 
@@ -38,7 +38,7 @@ def tgate(node_classes):
     return apply
 
 
-def reference_picture(family: Family, model, **schedule):
+def reference_image(family: Family, model, **schedule):
     reference = ModuleReference(GATE, **schedule)
     patched = reference.apply_to(model, WITH_CROSS_ATTENTION.get(family.name, {}))
     try:
@@ -60,7 +60,7 @@ def test_separate_cross_attention_is_reused(tgate, caplog, family, settings):
     result = sample(family, tgate(model, **settings), steps=STEPS)
     schedule = {"sp": settings["sp_interval"], "fi": settings.get("fi_interval", 1), "warm_up": settings.get("warm_up", 2)}
     schedule["refresh"] = settings.get("refresh_every", 0)
-    assert_same_picture(result, reference_picture(family, model, **schedule))
+    assert_same_image(result, reference_image(family, model, **schedule))
     assert relative_difference(result, sample(family, model, steps=STEPS)) > 1e-4
     reused = STEPS - GATE - bool(schedule["refresh"])
     assert f"cross-attention reused in {reused} of {STEPS} steps, negative prompt skipped in {reused}" in caplog.text
@@ -103,7 +103,7 @@ def test_pixart_with_its_published_schedule(node_classes, caplog):
         expected = sample(family, overwritten, steps=steps)
     finally:
         reference.remove()
-    assert_same_picture(sample(family, patched, steps=steps), expected)
+    assert_same_image(sample(family, patched, steps=steps), expected)
     # Of the steps 2 to 13, those that three divides compute, and step 2 does; step 14 fills the cache.
     assert "cross-attention reused in 5 of 20 steps, negative prompt skipped in 5, self-attention reused in 7" in caplog.text
 
@@ -122,7 +122,7 @@ def test_joint_attention_only_loses_the_negative_prompt(tgate, caplog, family, r
     # One prompt a call on both sides: deep networks turn the rounding of another batch size into a visible difference.
     model.model.memory_required = lambda *args, **kwargs: float("inf")
     result = sample(family, tgate(model, refresh_every=refresh), steps=STEPS)
-    assert_same_picture(result, reference_picture(family, model, refresh=refresh))
+    assert_same_image(result, reference_image(family, model, refresh=refresh))
     skipped = STEPS - GATE - bool(refresh)
     assert f"cross-attention reused in 0 of {STEPS} steps, negative prompt skipped in {skipped}" in caplog.text
     assert "has no separate cross-attention" in caplog.text
@@ -135,7 +135,7 @@ def test_joint_attention_always_keeps_the_positive_prompt(tgate, caplog, name):
     family = FAMILIES[name]
     model = family.build()
     published = sample(family, tgate(model, cfg_after_gate="drop (keep negative, as published)"), steps=STEPS)
-    assert_same_picture(published, sample(family, tgate(model), steps=STEPS))
+    assert_same_image(published, sample(family, tgate(model), steps=STEPS))
     assert "the positive prompt is kept instead of the negative" in caplog.text
 
 
@@ -147,7 +147,7 @@ def test_joint_attention_with_cfg_kept_is_an_error_on_the_node(tgate, family):
 
 @pytest.mark.parametrize("family", [FAMILIES["sdxl"], FAMILIES["hunyuan_dit"]], ids=lambda family: family.name)
 def test_where_text_enters_twice_the_kept_prompt_matters(tgate, family):
-    """SDXL's pooled text and HunyuanDiT's: keeping the positive or the negative prompt are different pictures."""
+    """SDXL's pooled text and HunyuanDiT's: keeping the positive or the negative prompt are different images."""
     model = family.build()
     positive = sample(family, tgate(model), steps=STEPS)
     negative = sample(family, tgate(model, cfg_after_gate="drop (keep negative, as published)"), steps=STEPS)

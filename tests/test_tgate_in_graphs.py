@@ -1,7 +1,7 @@
-"""T-GATE beside the host's own nodes: the picture that the plain reference gives in the same graph, or a stated limit.
+"""T-GATE beside ComfyUI's own nodes: the image that the plain reference gives in the same graph, or a stated limit.
 
 Where a node leaves the reference's hooks free, equality is asked for. Where it does not, T-GATE must say that it stands
-back, and then the picture must be that of the graph without it.
+back, and then the image must be that of the graph without it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from families import FAMILIES
 from families import sample as sample_family
 from host_inprocess import host_node
-from tgate_reference import Reference, assert_same_picture, relative_difference
+from tgate_reference import Reference, assert_same_image, relative_difference
 from tiny_unet import UNET_CONFIG, cond, latent, randomise, sample, small_model
 
 import nodes
@@ -87,7 +87,7 @@ def test_several_positive_prompts(tgate, caplog, model, prompts, published):
     """Each keeps its own cache; the mean with the negative prompt exists for a single pair only."""
     settings = {"cfg_after_gate": "drop (keep negative, as published)"} if published else {}
     result = sample(tgate(model, **settings), prompts(), steps=STEPS)
-    assert_same_picture(result, sample(Reference(GATE, mean=False).apply(model), prompts(), steps=STEPS))
+    assert_same_image(result, sample(Reference(GATE, mean=False).apply(model), prompts(), steps=STEPS))
     assert REUSED in caplog.text and DROPPED in caplog.text
     assert ("several prompts act together" in caplog.text) is published
 
@@ -108,7 +108,7 @@ def test_batch_of_prompts(tgate, model):
     start = latent(batch=2)
     prompts = cond(1, batch=2)
     result = sample(tgate(model), prompts, steps=STEPS, latent_image=start)
-    assert_same_picture(result, sample(Reference(GATE).apply(model), prompts, steps=STEPS, latent_image=start))
+    assert_same_image(result, sample(Reference(GATE).apply(model), prompts, steps=STEPS, latent_image=start))
 
 
 def test_controlnet_on_the_positive_prompt(tgate, caplog, model):
@@ -125,7 +125,7 @@ def test_controlnet_on_the_positive_prompt(tgate, caplog, model):
         return applied
 
     result = sample(tgate(model), controlled(7), steps=STEPS)
-    assert_same_picture(result, sample(Reference(GATE, mean=True).apply(model), controlled(7), steps=STEPS))
+    assert_same_image(result, sample(Reference(GATE, mean=True).apply(model), controlled(7), steps=STEPS))
     assert relative_difference(result, sample(tgate(model), cond(1), steps=STEPS)) > 1e-4
     assert DROPPED in caplog.text
 
@@ -138,23 +138,23 @@ def test_image_to_image_with_a_mask(tgate, model):
     mask = torch.zeros(1, 1, 128, 128)
     mask[..., :64] = 1
     options = {"steps": STEPS, "latent_image": start, "noise_mask": mask, "denoise": 0.6}
-    assert_same_picture(sample(tgate(model), **options), sample(Reference(GATE).apply(model), **options))
+    assert_same_image(sample(tgate(model), **options), sample(Reference(GATE).apply(model), **options))
 
 
 def test_differential_diffusion(tgate, caplog, model):
     start, mask = noise(5, 1, 4, 16, 16), torch.linspace(0, 1, 128).expand(1, 1, 128, 128)
     soft = differential.DifferentialDiffusion.execute(model)[0]
     options = {"steps": STEPS, "latent_image": start, "noise_mask": mask}
-    assert_same_picture(sample(tgate(soft), **options), sample(Reference(GATE).apply(soft), **options))
+    assert_same_image(sample(tgate(soft), **options), sample(Reference(GATE).apply(soft), **options))
     assert DROPPED in caplog.text
 
 
 def test_inpaint_model_with_image_conditioning(tgate, caplog):
     model = small_model(in_channels=9)
-    picture = {"concat_latent_image": noise(6, 1, 4, 16, 16), "concat_mask": torch.ones(1, 1, 128, 128)}
-    positive, negative = cond(1, **picture), cond(2, **picture)
+    image = {"concat_latent_image": noise(6, 1, 4, 16, 16), "concat_mask": torch.ones(1, 1, 128, 128)}
+    positive, negative = cond(1, **image), cond(2, **image)
     result = sample(tgate(model), positive, negative, steps=STEPS)
-    assert_same_picture(result, sample(Reference(GATE).apply(model), positive, negative, steps=STEPS))
+    assert_same_image(result, sample(Reference(GATE).apply(model), positive, negative, steps=STEPS))
     assert DROPPED in caplog.text
 
 
@@ -175,7 +175,7 @@ def test_sampler_custom_advanced_with_a_cfg_guider(tgate, caplog, model):
     def run(patched):
         return advanced_sample(custom.CFGGuider.execute(patched, cond(1), cond(2), 7.0)[0])
 
-    assert_same_picture(run(tgate(model)), run(Reference(GATE).apply(model)))
+    assert_same_image(run(tgate(model)), run(Reference(GATE).apply(model)))
     assert REUSED in caplog.text and DROPPED in caplog.text
 
 
@@ -183,7 +183,7 @@ def test_basic_guider_has_one_prompt(tgate, caplog, model):
     def run(patched):
         return advanced_sample(custom.BasicGuider.execute(patched, cond(1))[0])
 
-    assert_same_picture(run(tgate(model)), run(Reference(GATE, drop=False).apply(model)))
+    assert_same_image(run(tgate(model)), run(Reference(GATE, drop=False).apply(model)))
     assert REUSED in caplog.text and "negative prompt skipped in 0" in caplog.text
 
 
@@ -191,7 +191,7 @@ def test_dual_cfg_keeps_all_its_prompts(tgate, caplog, model):
     def run(patched):
         return advanced_sample(custom.DualCFGGuider.execute(patched, cond(1), cond(4), cond(2), 5.0, 3.0, "regular")[0])
 
-    assert_same_picture(run(tgate(model)), run(Reference(GATE, drop=False).apply(model)))
+    assert_same_image(run(tgate(model)), run(Reference(GATE, drop=False).apply(model)))
     assert REUSED in caplog.text and "more than a positive and a negative prompt" in caplog.text
 
 
@@ -199,7 +199,7 @@ def test_perp_neg_keeps_all_its_prompts(tgate, caplog, model):
     def run(patched):
         return advanced_sample(perpneg.PerpNegGuider.execute(patched, cond(1), cond(2), cond(8), 7.0, 1.0)[0])
 
-    assert_same_picture(run(tgate(model)), run(Reference(GATE, drop=False).apply(model)))
+    assert_same_image(run(tgate(model)), run(Reference(GATE, drop=False).apply(model)))
     assert REUSED in caplog.text and "more than a positive and a negative prompt" in caplog.text
 
 
@@ -221,7 +221,7 @@ def test_ksampler_advanced_in_two_halves(tgate, model):
     with torch.inference_mode():
         (first,) = sampler.sample(halves[0], "enable", 3, 16, *shared, {"samples": latent()}, 0, 8, "enable")
         (second,) = sampler.sample(halves[1], "disable", 3, 16, *shared, first, 8, 16, "disable")
-    assert_same_picture(run(gated), second["samples"])
+    assert_same_image(run(gated), second["samples"])
 
 
 # --- guidance nodes -------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_nodes_that_work_on_the_guided_result(tgate, caplog, model, name):
     other = POST_CFG[name](model)
     result = sample(tgate(other), steps=STEPS)
     if name == "FreeU":
-        assert_same_picture(result, sample(Reference(GATE).apply(other), steps=STEPS))
+        assert_same_image(result, sample(Reference(GATE).apply(other), steps=STEPS))
     plain = sample(other, steps=STEPS)
     assert torch.isfinite(result).all() and (result - plain).norm() / plain.norm() < 0.25
     assert DROPPED in caplog.text
@@ -258,7 +258,7 @@ def test_rescale_cfg(tgate, caplog, model):
 def test_perturbed_attention_runs_its_own_pass_in_full(tgate, caplog, model):
     other = pag.PerturbedAttentionGuidance.execute(model, 3.0)[0]
     result = sample(tgate(other), steps=STEPS)
-    assert_same_picture(result, sample(GuardedReference(GATE).apply(other), steps=STEPS))
+    assert_same_image(result, sample(GuardedReference(GATE).apply(other), steps=STEPS))
     assert REUSED in caplog.text and DROPPED in caplog.text
 
 
@@ -341,7 +341,7 @@ def test_another_packs_attention_replacement_is_skipped_after_the_gate(tgate, mo
         other.set_model_attn2_replace(replacement, *block)
     result = sample(tgate(other), steps=STEPS)
     assert len(calls) == 7 * GATE
-    assert_same_picture(result, sample(Reference(GATE).apply(other), steps=STEPS))
+    assert_same_image(result, sample(Reference(GATE).apply(other), steps=STEPS))
 
 
 def test_a_patch_that_changes_the_batch_inside_attention_switches_tgate_off(tgate, caplog, model):
@@ -412,11 +412,11 @@ def test_a_compiled_model_loses_the_negative_prompt_only(tgate, caplog):
 
 
 def test_merged_and_lora_patched_weights(tgate, model):
-    """Weight patches are the host's business; the cache holds what the patched network computed."""
+    """Weight patches are ComfyUI's business; the cache holds what the patched network computed."""
     other = model.clone()
     name = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_v.weight"
     difference = noise(9, *model.model.get_parameter(name).shape) * 0.1
     other.add_patches({name: ("diff", (difference,))}, 1.0)
     result = sample(tgate(other), steps=STEPS)
-    assert_same_picture(result, sample(Reference(GATE).apply(other), steps=STEPS))
+    assert_same_image(result, sample(Reference(GATE).apply(other), steps=STEPS))
     assert relative_difference(result, sample(tgate(model), steps=STEPS)) > 1e-6

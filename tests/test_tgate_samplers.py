@@ -1,11 +1,11 @@
-"""T-GATE under every sampler and scheduler the host lists: the same picture as the plain reference, or a stated reason."""
+"""T-GATE under every sampler and scheduler ComfyUI lists: the same image as the plain reference, or a stated reason."""
 
 from __future__ import annotations
 
 import comfy.samplers
 import pytest
 import torch
-from tgate_reference import Reference, assert_same_picture
+from tgate_reference import Reference, assert_same_image
 from tiny_unet import sample, small_model
 
 STEPS, GATE = 8, 3
@@ -33,7 +33,7 @@ def test_every_sampler_equals_the_reference(node_classes, caplog, model, sampler
     caplog.set_level("INFO", logger="fovea")
     result = sample(gated_model(node_classes, model), steps=STEPS, sampler=sampler)
     reference = Reference(GATE, drop=sampler not in NEEDS_NEGATIVE)
-    assert_same_picture(result, sample(reference.apply(model), steps=STEPS, sampler=sampler))
+    assert_same_image(result, sample(reference.apply(model), steps=STEPS, sampler=sampler))
     if sampler in NEEDS_NEGATIVE:
         assert "negative prompt skipped in 0" in caplog.text and "needs the negative prompt" in caplog.text
     else:
@@ -45,7 +45,7 @@ def test_every_sampler_equals_the_reference(node_classes, caplog, model, sampler
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "dpmpp_sde", "dpm_2", "lcm"])
 def test_full_steps_after_the_gate_under_samplers_that_call_more_than_once(node_classes, model, sampler):
     result = sample(gated_model(node_classes, model, refresh_every=3), steps=STEPS, sampler=sampler)
-    assert_same_picture(result, sample(Reference(GATE, refresh=3).apply(model), steps=STEPS, sampler=sampler))
+    assert_same_image(result, sample(Reference(GATE, refresh=3).apply(model), steps=STEPS, sampler=sampler))
 
 
 @pytest.mark.parametrize("sampler", sorted(ADAPTIVE | JUMPS))
@@ -67,7 +67,7 @@ def test_every_scheduler_opens_the_gate_at_the_same_step(node_classes, caplog, m
     steps = len(sigmas) - 1  # linear_quadratic and ddim_uniform may give one more
     gate = round(GATE / STEPS * steps)
     assert f"negative prompt skipped in {steps - gate}" in caplog.text
-    assert_same_picture(result, sample(Reference(gate).apply(model), steps=STEPS, scheduler=scheduler))
+    assert_same_image(result, sample(Reference(gate).apply(model), steps=STEPS, scheduler=scheduler))
 
 
 def test_a_step_whose_sigma_is_exactly_the_gate(node_classes, model):
@@ -81,7 +81,7 @@ def test_low_denoise_counts_the_steps_that_run(node_classes, caplog, model):
     caplog.set_level("INFO", logger="fovea")
     start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
     result = sample(gated_model(node_classes, model), steps=STEPS, denoise=0.3, latent_image=start)
-    assert_same_picture(result, sample(Reference(GATE).apply(model), steps=STEPS, denoise=0.3, latent_image=start))
+    assert_same_image(result, sample(Reference(GATE).apply(model), steps=STEPS, denoise=0.3, latent_image=start))
     assert f"negative prompt skipped in {STEPS - GATE}" in caplog.text
 
 
@@ -90,12 +90,12 @@ def test_a_part_of_the_steps_is_a_run_of_its_own(node_classes, caplog, model):
     caplog.set_level("INFO", logger="fovea")
     part = {"steps": 16, "start_step": 4, "last_step": 12, "force_full_denoise": False}
     result = sample(gated_model(node_classes, model), **part)
-    assert_same_picture(result, sample(Reference(GATE).apply(model), **part))
+    assert_same_image(result, sample(Reference(GATE).apply(model), **part))
     assert f"reused in {STEPS - GATE} of {STEPS} steps" in caplog.text
 
 
 def test_cfg_1_has_no_negative_prompt_to_drop(node_classes, caplog, model):
     caplog.set_level("INFO", logger="fovea")
     result = sample(gated_model(node_classes, model), steps=STEPS, cfg=1.0)
-    assert_same_picture(result, sample(Reference(GATE, drop=False).apply(model), steps=STEPS, cfg=1.0))
+    assert_same_image(result, sample(Reference(GATE, drop=False).apply(model), steps=STEPS, cfg=1.0))
     assert f"cross-attention reused in {STEPS - GATE} of {STEPS} steps, negative prompt skipped in 0" in caplog.text

@@ -1,4 +1,4 @@
-"""Words -> token positions, proven against what the host's encoders do with the same words."""
+"""Words -> token positions, proven against what ComfyUI's encoders do with the same words."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ CLIP_FAMILIES = ["sd1", "sdxl", "sd2", "cascade"]
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_encoders() -> Iterator[None]:
-    """Freed while the host is still there: its objects complain when the interpreter takes them down."""
+    """Freed while ComfyUI is still there: its objects complain when the interpreter takes them down."""
     yield
     tiny.cache_clear()
 
 
 @pytest.fixture(scope="module")
 def tokens(pack: ModuleType) -> ModuleType:
-    return importlib.import_module(f"{pack.__name__}.attention.tokens")
+    return importlib.import_module(f"{pack.__name__}.attention.prompts")
 
 
 @pytest.fixture(scope="module")
 def prompt_text(pack: ModuleType) -> ModuleType:
-    return importlib.import_module(f"{pack.__name__}.attention.prompt_text")
+    return importlib.import_module(f"{pack.__name__}.attention.prompts.syntax")
 
 
 @pytest.fixture(scope="module")
 def token_text(pack: ModuleType) -> ModuleType:
-    return importlib.import_module(f"{pack.__name__}.attention.token_text")
+    return importlib.import_module(f"{pack.__name__}.attention.prompts.alignment")
 
 
 def family(name: str) -> comfy.sd.CLIP:
@@ -224,7 +224,7 @@ def test_tokens_at_a_random_words_positions_spell_it(tokens: ModuleType, seed: i
 @pytest.mark.parametrize("name", ["sd1", "flux", "qwen-image"])
 @pytest.mark.parametrize("seed", range(6))
 def test_spans_equal_the_tokenizer_librarys_own_offsets(token_text: ModuleType, name: str, seed: int) -> None:
-    """Fast tokenizers can tell offsets themselves (the host's interface cannot); the slow ones of older releases cannot."""
+    """Fast tokenizers can tell offsets themselves (ComfyUI's interface cannot); the slow ones of older releases cannot."""
     sub = {"sd1": "clip_l", "flux": "t5xxl", "qwen-image": "qwen25_7b"}[name]
     tokenizer = getattr(tiny(name).tokenizer, sub)
     if not getattr(tokenizer.tokenizer, "is_fast", False):
@@ -320,14 +320,10 @@ def test_case_punctuation_and_joined_words(mapped: Any) -> None:
     assert mapped.words() == ["A", "cat", "and", "Red-Frog", "the", "cat's", "hat", "don't"]
 
 
-def test_lists_of_words_and_positions(mapped: Any) -> None:
-    assert [place.positions for place in mapped.resolve("hat, cat#2, ,red frog")] == [(12,), (10,), (5, 7)]
-    assert [place.positions for place in mapped.resolve(" 2,5 ", allow_positions=True)] == [(2,), (5,)]
-    assert mapped.resolve("") == []
+def test_a_position_is_a_token_of_the_prompt(mapped: Any) -> None:
+    assert mapped.at(2).positions == (2,) and mapped.at(2).word == "cat"
     with pytest.raises(ValueError, match="Token position 77 is outside"):
-        mapped.resolve("2, 77", allow_positions=True)
-    with pytest.raises(ValueError, match="'2' is not in the prompt"):
-        mapped.resolve("2")
+        mapped.at(77)
 
 
 @pytest.mark.parametrize("wanted", ["dog", "ca", "red cat", "", ",", "cat#3", "cat#0"])
@@ -443,25 +439,6 @@ def test_looking_leaves_the_encoder_alone(tokens: ModuleType, name: str) -> None
     assert torch.equal(context(clip, "a cat"), encoded)
 
 
-# --- unequal lengths --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("length", "other"), [(77, 154), (77, 77), (154, 231)])
-def test_fold_undoes_the_hosts_repetition(tokens: ModuleType, length: int, other: int) -> None:
-    short, long = (comfy.conds.CONDCrossAttn(torch.randn(1, n, 8)) for n in (length, other))
-    joined = short.concat([long])
-    total = joined.shape[1]
-    attention = torch.softmax(torch.randn(2, 5, 8) @ joined[:1].transpose(1, 2), dim=-1)
-    folded = tokens.fold(attention, length)
-    expected = sum(attention[..., start : start + length] for start in range(0, total, length))
-    torch.testing.assert_close(folded, expected)
-    torch.testing.assert_close(folded.sum(-1), torch.ones(2, 5))
-    with pytest.raises(ValueError, match="no multiple"):
-        tokens.fold(attention, length + 1)
-    with pytest.raises(ValueError, match="no multiple"):
-        tokens.fold(attention, 0)
-
-
 # --- metadata ---------------------------------------------------------------------------------------------------------
 
 
@@ -474,7 +451,7 @@ def conditioning(clip: comfy.sd.CLIP, tokens: ModuleType, text: str, marked: boo
 
 def test_metadata_holds_all_that_a_map_knows(tokens: ModuleType) -> None:
     clip = tiny("sdxl")
-    info = tokens.prompt_info(copy.deepcopy(conditioning(clip, tokens, "a [cat] and a [red frog]")))
+    (info,) = tokens.prompt_infos(copy.deepcopy(conditioning(clip, tokens, "a [cat] and a [red frog]")))
     assert info.tokens == tokens.tokenize(clip, "a cat and a red frog")
     assert [(place.word, place.positions) for place in info.subjects] == [("cat", (2,)), ("red frog", (5, 6))]
     assert info.length == 77
@@ -497,42 +474,38 @@ def test_an_encoding_of_unexpected_length_is_not_described(tokens: ModuleType) -
 def test_clip_and_text_stand_in_for_metadata(tokens: ModuleType) -> None:
     clip = tiny("sd1")
     plain = conditioning(clip, tokens, "a cat", marked=False)
-    assert tokens.prompt_info(plain, clip, "a cat").tokens.find("cat")[0].positions == (2,)
+    assert tokens.prompt_infos(plain, clip, "a cat")[0].tokens.find("cat")[0].positions == (2,)
     for arguments in ((), (clip, None), (clip, ""), (None, "a cat")):
         with pytest.raises(ValueError, match="Prompt with Subjects"):
-            tokens.prompt_info(plain, *arguments)
+            tokens.prompt_infos(plain, *arguments)
     with pytest.raises(ValueError, match="has 77 tokens, but its prompt has 154"):
-        tokens.prompt_info(plain, clip, "cat " * 100)
+        tokens.prompt_infos(plain, clip, "cat " * 100)
 
 
 def test_the_samplers_conds_are_understood(tokens: ModuleType) -> None:
     import comfy.sampler_helpers
 
     conds = comfy.sampler_helpers.convert_cond(conditioning(tiny("sd1"), tokens, "a [cat]"))
-    assert tokens.prompt_info(conds).subjects[0].positions == (2,)
+    assert tokens.prompt_infos(conds)[0].subjects[0].positions == (2,)
 
 
 def test_several_prompts_in_one_conditioning(tokens: ModuleType) -> None:
     clip = tiny("sd1")
     both = conditioning(clip, tokens, "a [cat]") + conditioning(clip, tokens, "two red [frog]s")
     assert [info.subjects[0].word for info in tokens.prompt_infos(both)] == ["cat", "frogs"]
-    with pytest.raises(ValueError, match="combines several prompts"):
-        tokens.prompt_info(both)
-    with pytest.raises(ValueError, match="is empty"):
-        tokens.prompt_info([])
 
 
 def test_a_conditioning_whose_tokens_moved_is_refused(tokens: ModuleType) -> None:
     ((rows, options),) = conditioning(tiny("sd1"), tokens, "a [cat]")
     with pytest.raises(ValueError, match="changed its length"):
-        tokens.prompt_info([[rows[:, :50], options]])
+        tokens.prompt_infos([[rows[:, :50], options]])
     ((rows, options),) = conditioning(tiny("hunyuan-dit"), tokens, "a [cat]")  # text of its second encoder follows
     with pytest.raises(ValueError, match="changed its length"):
-        tokens.prompt_info([[torch.cat([rows, rows], dim=1), options]])
+        tokens.prompt_infos([[torch.cat([rows, rows], dim=1), options]])
 
 
 def test_an_unknown_encoder_is_remembered(tokens: ModuleType) -> None:
     ((rows, options),) = conditioning(tiny("sd1"), tokens, "a cat", marked=False)
     unknown = {"version": 1, "text": "a cat", "subjects": [], "error": "no such encoder"}
     with pytest.raises(tokens.UnknownEncoder, match="no such encoder"):
-        tokens.prompt_info([[rows, {**options, tokens.METADATA: unknown}]])
+        tokens.prompt_infos([[rows, {**options, tokens.METADATA: unknown}]])

@@ -31,7 +31,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def windows(pack):
-    import fovea_attention.attention.windows as windows
+    import fovea_attention.attention.distill.windows as windows
 
     return windows
 
@@ -99,7 +99,7 @@ MASKS = {"reference_mask": (torch.arange(SIDE * 8) // 50).float()[None, None].ex
 def test_windows_side_by_side_give_what_each_part_gives_alone(node, model, node_classes, method, case):
     """The references are the same for all of them, and where windows do not overlap nothing is averaged.
 
-    (The noise of a content picture is drawn for its size, so only ``optimise``, which needs none, can be compared with one.)
+    (The noise of a content image is drawn for its size, so only ``optimise``, which needs none, can be compared with one.)
     """
     content = random_latent(21, size=WIDE)
     target = (torch.arange(WIDE[1]) % 7).float()[None, None].expand(1, WIDE[0], -1) / 5
@@ -137,7 +137,7 @@ def test_windows_side_by_side_give_what_each_part_gives_alone(node, model, node_
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
 def test_overlapping_windows_denoise_as_prompts_for_areas_do(node, model, sampler):
-    """An optimisation step that moves nothing leaves MultiDiffusion, which the host does for prompts with areas."""
+    """An optimisation step that moves nothing leaves MultiDiffusion, which ComfyUI does for prompts with areas."""
     areas = [(SIDE, SIDE, 0, left) for left in (0, 8, 16)]
 
     def everywhere(conditioning):
@@ -161,7 +161,7 @@ def test_references_are_looked_at_once_for_all_windows(node, model):
 # --- what cannot be cut into windows ----------------------------------------------------------------------------------------
 
 
-def test_what_needs_the_whole_picture_is_refused_before_sampling(node, model, node_classes, monkeypatch):
+def test_what_needs_the_whole_image_is_refused_before_sampling(node, model, node_classes, monkeypatch):
     monkeypatch.setattr(comfy.samplers.CFGGuider, "sample", lambda *_, **__: pytest.fail("sampling has begun"))
     latent = {"samples": wide_latent()}
     excite, _ = node_classes["AttendExciteGuider"].execute(model, POSITIVE, NEGATIVE, subjects="2, 5")

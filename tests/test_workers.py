@@ -39,21 +39,21 @@ def short(title: str, seed: int, object_info: dict[str, Any]) -> Prompt:
     return prompt
 
 
-def pictures(worker: HostServer, result: Result) -> dict[str, list[np.ndarray]]:
+def images(worker: HostServer, result: Result) -> dict[str, list[np.ndarray]]:
     found: dict[str, list[np.ndarray]] = {}
-    for picture in result.pictures:
+    for picture in result.images:
         with Image.open(io.BytesIO(worker.fetch(picture))) as image:
             found.setdefault(picture.node, []).append(np.asarray(image))
     return found
 
 
 def test_a_worker_beside_another_gives_what_one_alone_gives(workers: list[HostServer], object_info: dict[str, Any]) -> None:
-    """While the other is at work too: the second one's pictures are what the first makes of the same prompt."""
+    """While the other is at work too: the second one's images are what the first makes of the same prompt."""
     first, _ = workers
     jobs = [short(TOGETHER, seed, object_info) for seed in (1, 2)]
     with ThreadPoolExecutor() as pool:
-        split = [pictures(worker, done) for worker, done in zip(workers, pool.map(HostServer.run, workers, jobs), strict=True)]
-    together, alone = split[1], pictures(first, first.run(jobs[1]))
+        split = [images(worker, done) for worker, done in zip(workers, pool.map(HostServer.run, workers, jobs), strict=True)]
+    together, alone = split[1], images(first, first.run(jobs[1]))
     assert together.keys() == alone.keys() and together
     for node, shown in together.items():
         for picture, expected in zip(shown, alone[node], strict=True):
@@ -67,13 +67,13 @@ def test_maps_go_from_one_worker_to_another_by_file(workers: list[HostServer], o
     sources = {name: prompt[preview]["inputs"][name] for name in ("attn_maps", "images")}
     prompt["save"] = {"class_type": "FoveaSaveAttnMaps", "inputs": {**sources, "filename_prefix": "attention/of_first"}}
     result = first.run(prompt)
-    expected = pictures(first, result)[preview]
+    expected = images(first, result)[preview]
     (file,) = result.outputs["save"]["text"]
-    # The picture is made again there: only the maps are taken from the file.
+    # The image is made again there: only the maps are taken from the file.
     prompt["load"] = {"class_type": "FoveaLoadAttnMaps", "inputs": {"file": f"{file} [output]"}}
     prompt[preview]["inputs"]["attn_maps"] = ["load", 0]
     keep = {preview, "load"}
     while missing := {link[0] for node in keep for link in prompt[node]["inputs"].values() if isinstance(link, list)} - keep:
         keep |= missing
-    shown = pictures(second, second.run({node: prompt[node] for node in keep}))[preview]
+    shown = images(second, second.run({node: prompt[node] for node in keep}))[preview]
     assert all(np.array_equal(picture, other) for picture, other in zip(shown, expected, strict=True))

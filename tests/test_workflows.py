@@ -1,4 +1,4 @@
-"""Every shipped workflow: complete, readable, valid on this host, and it really makes pictures."""
+"""Every shipped workflow: complete, readable, valid on this host, and it really makes images."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def test_it_has_a_thumbnail(path: Path) -> None:
         shown.load()
         assert shown.format == "JPEG"
         assert min(shown.size) >= 256 and max(shown.size) <= 1024
-        assert np.asarray(shown.convert("L")).std() > 10, "an empty picture"
+        assert np.asarray(shown.convert("L")).std() > 10, "an empty image"
     assert path.with_suffix(".jpg").stat().st_size < 200_000
 
 
 @each_workflow
-def test_a_picture_to_drag_onto_the_canvas_carries_it(path: Path) -> None:
+def test_a_image_to_drag_onto_the_canvas_carries_it(path: Path) -> None:
     with Image.open(thumbnails.TO_DRAG / f"{path.stem}.png") as picture:
         assert json.loads(picture.info["workflow"]) == load(path), "run `python dev thumbnails`"
 
@@ -221,15 +221,15 @@ def test_the_browser_is_offered_it(path: Path, server: HostServer) -> None:
 
 @dataclass
 class Run:
-    """A finished run of a shipped workflow: the pictures of each node, and what the server logged meanwhile."""
+    """A finished run of a shipped workflow: the images of each node, and what the server logged meanwhile."""
 
     shown: dict[str, list[np.ndarray]]
     log: str
 
     @property
-    def pictures(self) -> dict[str, np.ndarray]:
+    def images(self) -> dict[str, np.ndarray]:
         """The last one of each node."""
-        return {node: pictures[-1] for node, pictures in self.shown.items()}
+        return {node: images[-1] for node, images in self.shown.items()}
 
 
 @pytest.fixture(scope="module")
@@ -240,11 +240,11 @@ def run(server: HostServer, object_info: dict[str, Any]) -> Callable[[Path], Run
     def finished(path: Path) -> Run:
         before = len(server.log_text())
         result = server.run(workflow_files.convert(load(path), object_info))  # raises unless the server reports success
-        pictures: dict[str, list[np.ndarray]] = {}
-        for picture in result.pictures:
+        images: dict[str, list[np.ndarray]] = {}
+        for picture in result.images:
             with Image.open(io.BytesIO(server.fetch(picture))) as image:
-                pictures.setdefault(picture.node, []).append(np.asarray(image.convert("RGB"), dtype=np.float32))
-        return Run(pictures, server.log_text()[before:])
+                images.setdefault(picture.node, []).append(np.asarray(image.convert("RGB"), dtype=np.float32))
+        return Run(images, server.log_text()[before:])
 
     return finished
 
@@ -252,12 +252,12 @@ def run(server: HostServer, object_info: dict[str, Any]) -> Callable[[Path], Run
 @each_run
 @pytest.mark.server
 def test_it_runs_on_the_real_server(path: Path, run: Callable[[Path], Run], object_info: dict[str, Any]) -> None:
-    pictures = run(path).pictures
+    images = run(path).images
     viewers = {str(node["id"]) for node in computing(load(path)) if object_info[node["type"]]["output_node"]}
-    assert set(pictures) == viewers
-    for node, pixels in pictures.items():
+    assert set(images) == viewers
+    for node, pixels in images.items():
         assert min(pixels.shape[:2]) >= 64
-        assert pixels.std() > 10, f"the picture of node {node} is of one colour"
+        assert pixels.std() > 10, f"the image of node {node} is of one colour"
 
 
 # ------------------------------------------------------------------------------------------ T-GATE
@@ -266,7 +266,7 @@ def test_it_runs_on_the_real_server(path: Path, run: Callable[[Path], Run], obje
 T_GATE = workflow_files.FOLDER / "T-GATE - same image, faster.json"
 
 
-def test_the_t_gate_workflow_shows_the_nodes_defaults_and_keeps_the_picture(object_info: dict[str, Any]) -> None:
+def test_the_t_gate_workflow_shows_the_nodes_defaults_and_keeps_the_image(object_info: dict[str, Any]) -> None:
     """When the defaults move, the template moves with them; full steps and all self-attention are what makes its title true."""
     node = next(node for node in load(T_GATE)["nodes"] if node["type"] == "TGateCache")
     inputs = object_info["TGateCache"]["input"]
@@ -294,9 +294,9 @@ def test_the_t_gate_workflow_reuses_attention(run: Callable[[Path], Run]) -> Non
     finished = run(T_GATE)
     steps = next(node["widgets_values"][2] for node in load(T_GATE)["nodes"] if node["type"] == "KSampler")
     assert re.search(rf"T-GATE: cross-attention reused in [1-9]\d* of {steps} steps", finished.log)
-    plain, faster = finished.pictures.values()
+    plain, faster = finished.images.values()
     difference = float(np.abs(plain - faster).mean())
-    assert 0 < difference < 40, "another picture, but of the same scene"
+    assert 0 < difference < 40, "another image, but of the same scene"
 
 
 # ------------------------------------------------------------------------------------------ Attend-and-Excite
@@ -337,8 +337,8 @@ def test_the_excite_workflow_guides_half_of_the_steps(run: Callable[[Path], Run]
     finished = run(EXCITE)
     steps = next(node["widgets_values"][1] for node in load(EXCITE)["nodes"] if node["type"] == "BasicScheduler")
     assert f"Attend-and-Excite: {round(0.5 * steps)} guided steps" in finished.log
-    plain, guided = (finished.pictures[node] for node in ("22", "26"))
-    assert np.abs(plain - guided).mean() > 1, "another picture"
+    plain, guided = (finished.images[node] for node in ("22", "26"))
+    assert np.abs(plain - guided).mean() > 1, "another image"
 
 
 # ------------------------------------------------------------------------------------------ DiT
@@ -356,9 +356,9 @@ def test_the_dit_workflow_draws_what_its_classes_say(run: Callable[[Path], Run])
     workflow = load(DIT)
     labels = next(node["widgets_values"][1] for node in workflow["nodes"] if node["type"] == "DiTClassLabel")
     classes = [draw.class_parts(int(label))[1:] for label in labels.split(",")]
-    pictures = run(DIT).shown["16"]
-    assert len(pictures) == len(classes)
-    found = [detect.find(torch.from_numpy(picture / 255), *parts) for picture, parts in zip(pictures, classes, strict=True)]
+    images = run(DIT).shown["16"]
+    assert len(images) == len(classes)
+    found = [detect.find(torch.from_numpy(picture / 255), *parts) for picture, parts in zip(images, classes, strict=True)]
     assert sum(finding.right for finding in found) >= 3
 
 
@@ -366,4 +366,4 @@ def test_the_dit_workflow_draws_what_its_classes_say(run: Callable[[Path], Run])
 def test_the_other_dit_workflow_reuses_self_attention(run: Callable[[Path], Run]) -> None:
     finished = run(DIT_FASTER)
     assert re.search(r"T-GATE: .*negative prompt skipped in [1-9]\d*, self-attention reused in [1-9]", finished.log)
-    assert 0 < np.abs(finished.pictures["19"] - finished.pictures["21"]).mean() < 40
+    assert 0 < np.abs(finished.images["19"] - finished.images["21"]).mean() < 40

@@ -1,7 +1,7 @@
 """T-GATE restated without skipping anything: the whole model always runs, and outputs are overwritten.
 
-It shares no code with the pack. Attention is replaced through the host's output patches and guidance through its cfg
-function, so that it says what the picture must be, slowly, in any graph that leaves those hooks free.
+It shares no code with the pack. Attention is replaced through ComfyUI's output patches and guidance through its cfg
+function, so that it says what the image must be, slowly, in any graph that leaves those hooks free.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def relative_difference(result: torch.Tensor, expected: torch.Tensor) -> float:
     return float((result - expected).abs().max() / expected.abs().max())
 
 
-def assert_same_picture(result: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_same_image(result: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal up to float32 rounding: a batch of one and a batch of two are summed in another order, over all steps."""
     assert torch.isfinite(result).all()
     assert relative_difference(result, expected) < 2e-5

@@ -1,7 +1,7 @@
-"""Tiny text encoders of every family that can be built from the host's own classes and tokenizers, without weights.
+"""Tiny text encoders of every family that can be built from ComfyUI's own classes and tokenizers, without weights.
 
 Their linear layers are zero, so each row of what they encode depends on its own token only (and on its place, for CLIP):
-rows that change with a word are the word's rows, which is how token positions are proven against the host's encoding.
+rows that change with a word are the word's rows, which is how token positions are proven against ComfyUI's encoding.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def clip(
     tokenizer: type, model: Callable[..., Any], *, tokenizer_data: dict[str, Any] | None = None, embeddings: Path | None = None,
     zero_linear: bool = True, **model_options: Any,
 ) -> comfy.sd.CLIP:  # fmt: skip
-    """The host's CLIP object around a tiny encoder; ``model_options`` are those of the host's encoder classes."""
+    """ComfyUI's CLIP object around a tiny encoder; ``model_options`` are those of ComfyUI's encoder classes."""
     target = comfy.supported_models_base.ClipTarget(tokenizer, model)
     built = comfy.sd.CLIP(
         target,
@@ -71,7 +71,7 @@ def fill(model: torch.nn.Module, zero_linear: bool, seed: int = 0) -> None:
 
 @cache
 def sentencepiece_model(pad: int, eos: int, bos: int, unk: int) -> bytes:
-    """One piece for each letter. (Real vocabularies of this kind that come with the host: T5's and Aura's.)"""
+    """One piece for each letter. (Real vocabularies of this kind that come with ComfyUI: T5's and Aura's.)"""
     text = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 .,:;!?'()<>|_\\-/\" 一只猫狗鸟和青蛙"
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -130,7 +130,7 @@ def mistral_vocabulary() -> Iterator[None]:
 
 @contextmanager
 def llama_tokenizer() -> Iterator[None]:
-    """The host's class for it ignores the shipped ``tokenizer.json`` under transformers 5 (no spaces, no Chinese)."""
+    """ComfyUI's class for it ignores the shipped ``tokenizer.json`` under transformers 5 (no spaces, no Chinese)."""
     host = importlib.import_module("comfy.text_encoders.hunyuan_video")
     with patch.object(host, "LlamaTokenizerFast", transformers.PreTrainedTokenizerFast):
         yield
@@ -141,11 +141,11 @@ def llama_tokenizer() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Family:
-    """Where the host keeps a text encoder, and how to make it small."""
+    """Where ComfyUI keeps a text encoder, and how to make it small."""
 
     module: str
     tokenizer: str
-    model: str  # a class, or `name()` for one of the host's factories
+    model: str  # a class, or `name()` for one of ComfyUI's factories
     options: dict[str, Any]
     tokenizer_data: dict[str, Callable[[], Any]] = field(default_factory=dict)
     factory: dict[str, Any] = field(default_factory=dict)

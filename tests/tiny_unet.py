@@ -1,4 +1,4 @@
-"""A tiny U-Net in SD1's layout, built from the host's classes, and one way to sample it.
+"""A tiny U-Net in SD1's layout, built from ComfyUI's classes, and one way to sample it.
 
 The weights and cases in ``vectors/`` come from running the authors' implementations on this very network.
 """
@@ -71,7 +71,7 @@ def small_model(in_channels: int = 4, seed: int = 0, **changes: Any) -> comfy.mo
 
 
 def randomise(model: torch.nn.Module, seed: int, std: float = 0.05) -> None:
-    """Small random weights everywhere (the host's layers start uninitialised), ones in the norms."""
+    """Small random weights everywhere (ComfyUI's layers start uninitialised), ones in the norms."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -84,7 +84,7 @@ def randomise(model: torch.nn.Module, seed: int, std: float = 0.05) -> None:
 
 
 def patcher(model: comfy.model_base.BaseModel) -> comfy.model_patcher.ModelPatcher:
-    """A fresh ModelPatcher on the CPU, as the host's loaders make it there."""
+    """A fresh ModelPatcher on the CPU, as ComfyUI's loaders make it there."""
     kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     cpu = torch.device("cpu")
     return kind(model.eval(), load_device=cpu, offload_device=cpu)

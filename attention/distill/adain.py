@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def adain(x: Tensor, references: Sequence[Tensor], *, epsilon: float = 1e-6, mask: Tensor | None = None) -> Tensor:
-    """``x`` with the mean and spread of each channel over all references (Huang and Belongie, arXiv:1703.06868, eq. 8).
+    """Return ``x`` with the mean and spread of each channel over all references (Huang and Belongie, arXiv:1703.06868, eq. 8).
 
     Args:
         x: (batch, channels, ...): each image has its own statistics; references: (n, channels, ...), of any size.

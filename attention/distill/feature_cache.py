@@ -86,7 +86,7 @@ CACHE = FeatureCache()
 
 
 def fingerprint(value: Any) -> str:
-    """A name for the contents of tensors, in lists and dictionaries with plain values."""
+    """Return a name for the contents of tensors, in lists and dictionaries with plain values."""
     digest = hashlib.blake2b(digest_size=16)
 
     def add(part: Any) -> None:

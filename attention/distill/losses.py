@@ -54,7 +54,7 @@ class DistillObjective:
     content_loss: dict[int, Tensor] = field(default_factory=dict)
 
     def measure(self, layer: AttentionLayer, call: AttentionCall, rows: Tensor) -> Tensor:
-        """(2, images): style and content loss of one call."""
+        """Return (2, images): style and content loss of one call."""
         key = call_key(layer, call)
         features, inputs = self.features[key], call.inputs
         if self.regions is None:
@@ -69,7 +69,7 @@ class DistillObjective:
         return torch.stack([style, _mean_distance(inputs.q, queries[rows] if len(rows) < len(queries) else queries, len(rows))])
 
     def _style_by_region(self, layer: AttentionLayer, call: AttentionCall, features: Features, rows: Tensor) -> Tensor:
-        """The same, where every query may look at its own label only, one unmasked attention for each label."""
+        """Return the same, where every query may look at its own label only, one unmasked attention for each label."""
         assert self.regions is not None
         output, q = call.output, call.inputs.q
         losses = []
@@ -85,7 +85,7 @@ class DistillObjective:
         return torch.stack(losses)
 
     def loss(self, measurements: Measurements, rows: Tensor) -> Tensor:
-        """(images,): style + content_weight * content."""
+        """Return (images,): style + content_weight * content."""
         style, content = torch.stack([losses for _, losses in measurements]).sum(0)
         for image, row in enumerate(rows.tolist()):
             self.style_loss[row], self.content_loss[row] = style[image].detach(), content[image].detach()
@@ -98,5 +98,5 @@ def _look_at(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _mean_distance(x: Tensor, y: Tensor, images: int) -> Tensor:
-    """(images,): mean |x - y|, in float32. (Frames of a video may be rows of their own.)"""
+    """Return (images,): mean |x - y|, in float32. (Frames of a video may be rows of their own.)"""
     return (x.float() - y.float()).abs().reshape(images, -1).mean(1)

@@ -17,7 +17,7 @@ _SD1_LAYERS = 16
 
 
 def distilled_layers(network: torch.nn.Module, text: str = "") -> list[AttentionLayer]:
-    """The layers that ``text`` names, or the published ones for the network; by their rule where none were published.
+    """Return the layers that ``text`` names, or the published ones for the network; by their rule where none were published.
 
     Raises:
         ValueError: a name that the network does not have, or a network whose self-attention is not known.

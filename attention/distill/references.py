@@ -32,14 +32,14 @@ class Purpose(IntEnum):
 
 
 def fixed_noise(like: Tensor, sigma: float, purpose: Purpose, place: int) -> Tensor:
-    """Normal noise that depends on sigma, purpose and place (of an image among its kind) only, never on global state."""
+    """Return normal noise that depends on sigma, purpose and place (of an image among its kind) only, never on global state."""
     digest = hashlib.blake2b(struct.pack("<fii", sigma, purpose, place), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     return torch.randn(like.shape, generator=generator).to(like.device)
 
 
 def noised_alike(base_model: Any, latents: Sequence[Tensor], sigma: float, purpose: Purpose) -> list[Tensor]:
-    """Clean latents (1, channels, ...) at ``sigma``, each with its fixed noise."""
+    """Return clean latents (1, channels, ...) at ``sigma``, each with its fixed noise."""
     noises = (fixed_noise(latent, sigma, purpose, place) for place, latent in enumerate(latents))
     return [host.noised(base_model, latent, noise, sigma) for latent, noise in zip(latents, noises, strict=True)]
 
@@ -76,7 +76,7 @@ class References:
         cache.begin_run()
 
     def at(self, sigma: float, purpose: Purpose) -> list[Tensor]:
-        """The references as the sampler would have them at ``sigma``; without noise: as they look in the model's own units."""
+        """Return the references as the sampler would have them at ``sigma``; without noise, in the model's own units."""
         base_model = self.passes.base_model
         if self.with_noise:
             return noised_alike(base_model, self.latents, sigma, purpose)
@@ -84,7 +84,7 @@ class References:
         return [latent / scale for latent in self.latents]
 
     def features(self, sigma: float) -> dict[CallKey, Features]:
-        """Keys and values of all references in every call, side by side."""
+        """Return keys and values of all references in every call, side by side."""
         parts = [self._stored(place, sigma) for place in range(len(self.latents))]
         device = self.latents[0].device
         joined = {}
@@ -115,7 +115,7 @@ class References:
 
 
 def _keys_and_values(layer: AttentionLayer, call: AttentionCall) -> tuple[CallKey, tuple[Tensor, Tensor]]:
-    """One reference's keys and values, (1, heads, tokens, channels), without those that a mask hides (padding of the text)."""
+    """Return one reference's keys and values, (1, heads, tokens, channels), without those that a mask hides (padding)."""
     k, v = _as_one(call.inputs.k), _as_one(call.v)
     seen = host.visible_keys(call.inputs)
     pair = (k.clone(), v.clone()) if seen is None else (k[:, :, seen], v[:, :, seen])
@@ -123,5 +123,5 @@ def _keys_and_values(layer: AttentionLayer, call: AttentionCall) -> tuple[CallKe
 
 
 def _as_one(x: Tensor) -> Tensor:
-    """Rows of one image (frames) side by side: (rows, heads, tokens, channels) -> (1, heads, rows * tokens, channels)."""
+    """Return rows of one image (frames) side by side: (rows, heads, tokens, channels) -> (1, heads, rows * tokens, channels)."""
     return x if len(x) == 1 else x.transpose(0, 1).flatten(1, 2)[None]

@@ -15,7 +15,7 @@ MAX_LABELS = 32
 
 
 def labels_of(mask: Tensor) -> Tensor:
-    """Grey values of a MASK (n, height, width) as whole numbers."""
+    """Return grey values of a MASK (n, height, width) as whole numbers."""
     return (mask.detach().cpu().float() * _GREY_LEVELS).round().long()
 
 
@@ -37,7 +37,7 @@ class Regions:
         self._pairs: dict[tuple[str, int, torch.device], list[tuple[Tensor, Tensor]]] = {}
 
     def pairs(self, layer: str, image: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """Indices of the queries and of the keys of every label that both have."""
+        """Return indices of the queries and of the keys of every label that both have."""
         image = image if len(self.target) > 1 else 0
         found = self._pairs.get((layer, image, device))
         if found is None:
@@ -50,7 +50,7 @@ class Regions:
         return found
 
     def missing(self) -> set[int]:
-        """Labels of the target that no reference has."""
+        """Return labels of the target that no reference has."""
         return set(self.target.unique().tolist()) - {label for labels in self.references for label in labels.unique().tolist()}
 
 
@@ -59,6 +59,6 @@ def _where(labels: Tensor, label: int, device: torch.device) -> Tensor:
 
 
 def token_labels(labels: Tensor, grid: Grid) -> Tensor:
-    """(tokens,): labels (height, width) at the nearest pixel of each token, the same for every frame."""
+    """Return (tokens,): labels (height, width) at the nearest pixel of each token, the same for every frame."""
     resized = resize_maps(labels, grid[1:], "nearest")
     return resized.flatten().repeat(grid[0])

@@ -52,7 +52,7 @@ class DistillRun:
         self.conds = [cond_in(window) for window in self.windows]
 
         def cond_for(latent: Tensor) -> dict[str, Any]:
-            """The null prompt for a reference. As published, SDXL is told the size of the target (of a window)."""
+            """Return the null prompt for a reference. As published, SDXL is told the size of the target (of a window)."""
             return host.processed_cond(self.base_model, {**size, **prompt}, latent, seed, latent)
 
         self.references = References(
@@ -67,14 +67,14 @@ class DistillRun:
             self.content = self._clean(job.content)
 
     def _clean(self, latent: Tensor) -> Tensor:
-        """A latent from a VAE in the units of the model."""
+        """Return a latent from a VAE in the units of the model."""
         clean: Tensor = self.base_model.process_latent_in(latent.to(self.device, torch.float32))
         return clean
 
     # Methods
 
     def after_step(self, x: Tensor, step: int, sigma: float, denoised: Tensor | None) -> Tensor:
-        """``x`` at the sigma where a denoising step has left it, optimised."""
+        """Return ``x`` at the sigma where a denoising step has left it, optimised."""
         reached, sigma = sigma, sigma if host.is_flow(self.base_model) else max(sigma, host.smallest_sigma(self.base_model))
         scale = self._scale(sigma)
         before = x.float()
@@ -82,7 +82,7 @@ class DistillRun:
         signal = float(host.noised(self.base_model, torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), reached))
 
         def estimate() -> Tensor | None:
-            """The finished image, if the noise that is left stays as it is."""
+            """Return the finished image, if the noise that is left stays as it is."""
             if denoised is None or signal < 1e-3:
                 return denoised
             return denoised + (z / scale - before) / signal
@@ -92,7 +92,7 @@ class DistillRun:
         return (z / scale).to(x.dtype)
 
     def optimise(self, z: Tensor, steps: Sequence[tuple[int, float]]) -> Tensor:
-        """The clean latent ``z`` after a descent at each (step, sigma), with one Adam for all."""
+        """Return the clean latent ``z`` after a descent at each (step, sigma), with one Adam for all."""
         z = _trainable(z)
         mask = self._mask(steps[0][1]) if steps else None
         if mask is not None:
@@ -158,7 +158,7 @@ class DistillRun:
         ]
 
     def _gradient(self, x: Tensor, level: Tensor, objectives: Sequence[DistillObjective]) -> tuple[float, Tensor]:
-        """The mean loss, and its gradient with respect to ``x``: of every window, averaged where they overlap."""
+        """Return the mean loss, and its gradient with respect to ``x``: of every window, averaged where they overlap."""
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
         for window, cond, objective in zip(self.windows, self.conds, objectives, strict=True):
@@ -186,7 +186,7 @@ class DistillRun:
         return self.content is not None and self.settings.content_weight != 0
 
     def _content_at(self, sigma: float) -> Tensor | None:
-        """The content as the model is to see it, (batch, channels, ...); None where nothing of it is kept."""
+        """Return the content as the model is to see it, (batch, channels, ...); None where nothing of it is kept."""
         if self.content is None or not self._keeps_content:
             return None
         if self.settings.method is Method.GUIDED:
@@ -196,7 +196,7 @@ class DistillRun:
         return x.expand(self.batch, *x.shape[1:])
 
     def _content_queries(self, place: int, content: Tensor, level: Tensor) -> dict[CallKey, Tensor]:
-        """The content's queries in every call of a window, computed in the same batches and by the same kernels as the latent's.
+        """Return the content's queries in every call of a window, computed in the latent's batches and by its kernels.
 
         Where the latent is the content, as at the start of 'optimise', any difference would be noise that Adam enlarges.
         """
@@ -227,7 +227,7 @@ class DistillRun:
 
 
 def _trainable(z: Tensor) -> Tensor:
-    """A copy that Adam may change, under inference mode too."""
+    """Return a copy that Adam may change, under inference mode too."""
     with torch.inference_mode(False):
         return z.clone()
 

@@ -41,7 +41,7 @@ class Distillation:
 
     @staticmethod
     def ticks(job: DistillJob, steps: int) -> int:
-        """How often a run's progress moves."""
+        """Return how often a run's progress moves."""
         denoising = steps if job.settings.method is Method.GUIDED else 0
         return denoising + len(job.settings.chosen_steps(steps)) * job.iterations
 
@@ -66,7 +66,7 @@ class Distillation:
         disable: Any = None,
         **options: Any,
     ) -> Tensor:
-        """The inner sampler, a part at a time; between two parts the latent is optimised."""
+        """Return the inner sampler, a part at a time; between two parts the latent is optimised."""
         run = DistillRun(self.job, self.progress, self.report, model, extra_args)
         with run.prompts_in_windows():
             return self._in_parts(run, model, x, sigmas, extra_args, callback, options)
@@ -124,7 +124,7 @@ def _seed_of_part(seed: int | None, part: int) -> int | None:
 def sample_distilled(
     job: DistillJob, noise: Any, guider: Any, sampler: Any, sigmas: Tensor, latent: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """What SamplerCustomAdvanced does, with Attention Distillation: two latents, and the report.
+    """Return what SamplerCustomAdvanced does, with Attention Distillation: two latents, and the report.
 
     Args:
         latent: as ``host.fitting_latent`` returns it.

@@ -75,5 +75,5 @@ class DistillSettings:
         return self.adain is Adain.ON or (self.adain is Adain.AUTO and self.method is Method.GUIDED)
 
     def chosen_steps(self, steps: int) -> range:
-        """The steps that are followed by optimisation."""
+        """Return the steps that are followed by optimisation."""
         return range(round(self.start_at * steps), round(self.end_at * steps), self.every_n_steps)

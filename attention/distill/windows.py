@@ -24,17 +24,17 @@ class Window:
     width: int
 
     def of(self, x: Tensor) -> Tensor:
-        """The same part of (..., height, width), as a view."""
+        """Return the same part of (..., height, width), as a view."""
         return x[..., self.top : self.top + self.height, self.left : self.left + self.width]
 
     @property
     def area(self) -> tuple[int, int, int, int]:
-        """As ComfyUI writes the area of a prompt."""
+        """Return as ComfyUI writes the area of a prompt."""
         return self.height, self.width, self.top, self.left
 
 
 def windows_of(height: int, width: int, side: int, stride: int) -> list[Window]:
-    """Windows of at most ``side`` that cover a latent, ``stride`` apart; the last ones end with the latent.
+    """Return windows of at most ``side`` that cover a latent, ``stride`` apart; the last ones end with the latent.
 
     Args:
         side: 0 is one window, the whole.
@@ -50,7 +50,7 @@ def _starts(length: int, side: int, stride: int) -> list[int]:
 
 
 def average(parts: Sequence[Tensor], windows: Sequence[Window], like: Tensor) -> Tensor:
-    """What the windows' parts come to together: their mean wherever several overlap, (..., height, width) as ``like``."""
+    """Return what the windows' parts come to together: their mean wherever several overlap, (..., height, width) as ``like``."""
     if len(windows) == 1:
         return parts[0]
     total, count = torch.zeros_like(like), torch.zeros_like(like[:1, :1])

@@ -61,7 +61,7 @@ class DiTFile:
 
 
 def read_dit(path: str) -> DiTFile:
-    """The DiT in a file.
+    """Return the DiT in a file.
 
     Raises:
         ValueError: the file is damaged, holds code, or holds something else; the message says which and what to do.
@@ -100,7 +100,7 @@ _WHERE_ELSE = (
 
 
 def _read(path: str, name: str) -> tuple[Mapping[str, Any], Mapping[str, str] | None]:
-    """The file's dictionary, and the metadata of a .safetensors file.
+    """Return the file's dictionary, and the metadata of a .safetensors file.
 
     Tensors stay on disk until they are used, so the optimizer in a training file costs no memory.
     """
@@ -144,13 +144,13 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _prefix(weights: Weights, key: str) -> str | None:
-    """What stands before the network's own names: "module." of data-parallel training, "model.diffusion_model." of ComfyUI."""
+    """Return the prefix of the network's names: "module." of data-parallel training, "model.diffusion_model." of ComfyUI."""
     found = sorted((name[: -len(key)] for name in weights if name.endswith(key)), key=len)
     return next((prefix for prefix in found if prefix == "" or prefix.endswith(".")), None)
 
 
 def _prediction(arguments: Any) -> str | None:
-    """What the network predicts, where the training script wrote it down: DiT's knows only noise, SiT's says it.
+    """Return what the network predicts, where the training script wrote it down: DiT's knows only noise, SiT's says it.
 
     ``arguments`` are those of the script, or the metadata of a .safetensors file.
     """
@@ -218,7 +218,7 @@ def _some(keys: list[str]) -> str:
 
 
 def _trained_grid(table: Tensor | None, network: dict[str, Any], name: str) -> int | None:
-    """Side of the grid of the stored positions, which must be those of the paper: they are computed anew for every size."""
+    """Return the side of the grid of the stored positions, which must be those of the paper."""
     if table is None:
         return None
     side = math.isqrt(table.shape[-2])

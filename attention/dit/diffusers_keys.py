@@ -57,7 +57,7 @@ def from_diffusers(weights: Weights, name: str = "the file") -> Weights:
 
 
 def _renamed(key: str) -> str:
-    """The name of one tensor here, or a foreign one where it is not known."""
+    """Return the name of one tensor here, or a foreign one where it is not known."""
     module, _, kind = key.rpartition(".")
     match = _BLOCK.match(key)
     if match is None:

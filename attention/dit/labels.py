@@ -17,18 +17,18 @@ Conditioning = list[list[Any]]
 
 @cache
 def imagenet_names() -> tuple[str, ...]:
-    """The 1000 classes of ILSVRC 2012 by index: WordNet's name, and after commas its synonyms."""
+    """Return the 1000 classes of ILSVRC 2012 by index: WordNet's name, and after commas its synonyms."""
     text = Path(__file__).with_name("imagenet_names.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())
 
 
 def label_options() -> list[str]:
-    """One line per class, to choose and to search: "207: golden retriever"."""
+    """Return one line per class, to choose and to search: "207: golden retriever"."""
     return [f"{index}: {names}" for index, names in enumerate(imagenet_names())]
 
 
 def parse_labels(text: str) -> list[int]:
-    """Class indices of a comma separated list of numbers and names.
+    """Return class indices of a comma separated list of numbers and names.
 
     Raises:
         ValueError: a name that is not there or means several classes; the message names those that come close.
@@ -71,7 +71,7 @@ def _named(name: str) -> list[int]:
 
 
 def label_conditioning(labels: list[int]) -> Conditioning:
-    """A CONDITIONING of class indices, one for each image of the batch.
+    """Return a CONDITIONING of class indices, one for each image of the batch.
 
     The indices are integers beside the tensor in which text has its features: that one ComfyUI casts to the model's
     precision. It is a mark instead, of one; where a node has zeroed it, the class is to be left out.

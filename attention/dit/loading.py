@@ -20,7 +20,7 @@ GUIDED_CHANNELS = 3  # of 4, as published
 def load_dit(
     path: str, prediction: str = "auto", cfg_channels: int = GUIDED_CHANNELS, disable_dynamic: bool = False
 ) -> ModelPatcher:
-    """A DiT or SiT as a MODEL, in ComfyUI's hands for memory, precision and patches.
+    """Return a DiT or SiT as a MODEL, in ComfyUI's hands for memory, precision and patches.
 
     Args:
         prediction: "epsilon" (DiT), "velocity" (SiT) or "auto": what the file says, else what its name says.
@@ -48,7 +48,9 @@ def _prediction(wanted: str, declared: str | None, name: str) -> str:
 
 
 def guide_some_channels(channels: int) -> Callable[[dict[str, Any]], Tensor]:
-    """A post-CFG function: beyond the first ``channels`` the latent stays the conditional prediction (appendix A of the paper).
+    """Return a post-CFG function that guides the first ``channels`` of the latent only (appendix A of the paper).
+
+    The others stay the conditional prediction.
 
     It comes after the guidance itself, so guidance that another node replaced is cut to these channels too, and where both
     predictions are the same (T-GATE after its gate, or CFG 1) the result is exactly that prediction.

@@ -58,7 +58,7 @@ class HostDiT(DiT):
         transformer_options: TransformerOptions,
         **kwargs: Any,
     ) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W).
+        """Return the prediction (B, C, H, W) for a latent (B, C, H, W).
 
         SiT (Ma et al., arXiv:2401.08740) counts time from noise (0) to image (1) and predicts the velocity that way; the
         host counts from image to noise.
@@ -80,7 +80,7 @@ class DiTModel(comfy.model_base.BaseModel):
         super().__init__(config, model_type, device=device, unet_model=HostDiT)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-        """The labels as an integer tensor, which ComfyUI does not cast: in bfloat16 387 would become 388."""
+        """Return the labels as an integer tensor, which ComfyUI does not cast: in bfloat16 387 would become 388."""
         if kwargs.get("control") is not None:
             raise ValueError("There is no ControlNet for a DiT: remove it from the conditioning.")
         return {"y": comfy.conds.CONDRegular(self._labels(kwargs.get(LABELS), kwargs.get("cross_attn"), kwargs["noise"]))}

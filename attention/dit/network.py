@@ -54,7 +54,7 @@ PATCHES = (2, 4, 8)
 
 
 def heads_of(width: int) -> int:
-    """The number of attention heads, which no file tells: the paper's, and for other widths heads of 64 channels."""
+    """Return the number of attention heads, which no file tells: the paper's, and for other widths heads of 64 channels."""
     known = {size.width: size.heads for size in SIZES.values()}
     if width not in known and width % 64:
         raise ValueError(f"a width of {width} is neither one of the paper's ({', '.join(map(str, known))}) nor a multiple of 64")
@@ -62,7 +62,7 @@ def heads_of(width: int) -> int:
 
 
 def _sines(positions: int, channels: int, device: torch.device) -> Tensor:
-    """(positions, channels): sines, then cosines, of the position at channels/2 frequencies from 1 down to 1/10000."""
+    """Return (positions, channels): sines, then cosines, of the position at channels/2 frequencies from 1 down to 1/10000."""
     # In double precision on the CPU, where it equals the table in the published files bit for bit.
     frequencies = 10000.0 ** -(torch.arange(channels // 2, dtype=torch.float64) / (channels / 2))
     angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
@@ -70,7 +70,7 @@ def _sines(positions: int, channels: int, device: torch.device) -> Tensor:
 
 
 def position_table(height: int, width: int, channels: int, device: torch.device | None = None) -> Tensor:
-    """(height * width, channels): the fixed positions of a grid of tokens; the column in the first half, the row in the second.
+    """Return (height * width, channels): the positions of a grid of tokens, the column in the first half, the row in the second.
 
     There is nothing learned in it, so it is computed for the grid at hand and need not be square.
     """
@@ -81,7 +81,7 @@ def position_table(height: int, width: int, channels: int, device: torch.device 
 
 
 def timestep_features(t: Tensor, shift: int = 0) -> Tensor:
-    """(B, 256) float32: cosines, then sines, of ``t`` (B,) in the unit the network was trained in (0..999, or 0..1 for SiT).
+    """Return (B, 256) float32: cosines, then sines, of ``t`` (B,) in the unit of training (0..999, or 0..1 for SiT).
 
     ``shift`` is subtracted from the number of frequencies that spread over 1..10000: 0 in the paper's code, 1 in diffusers.
     """
@@ -150,7 +150,7 @@ class Mlp(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(B, T, D) scaled and shifted per channel by (B, D)."""
+    """Return (B, T, D) scaled and shifted per channel by (B, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -320,12 +320,12 @@ class DiT(nn.Module):
         return x
 
     def _unpatched(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, T, p * p * C) -> (B, C, H, W)."""
+        """Turn (B, T, p * p * C) into (B, C, H, W)."""
         p = self.patch_size
         x = x.unflatten(-1, (p, p, self.out_channels)).unflatten(1, grid)  # (B, h, w, p, q, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.out_channels, grid[0] * p, grid[1] * p)
 
 
 def _as_original(block: nn.Module) -> Callable[[dict[str, Any]], dict[str, Tensor]]:
-    """A block as ComfyUI hands it to a replacement."""
+    """Return a block as ComfyUI hands it to a replacement."""
     return lambda args: {"img": block(args["img"], args["vec"], args["transformer_options"])}

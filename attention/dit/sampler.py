@@ -15,7 +15,7 @@ from .variance import VARIANCE, VarianceOfStep
 
 
 def ddpm_step(x: Tensor, denoised: Tensor, v: Tensor, alpha_bar: Tensor, alpha_bar_next: Tensor, noise: Tensor | None) -> Tensor:
-    """One ancestral step of DDPM with a learned variance (Nichol & Dhariwal, arXiv:2102.09672, equation 15).
+    """Return one ancestral step of DDPM with a learned variance (Nichol & Dhariwal, arXiv:2102.09672, equation 15).
 
     Args:
         x: the latent at this step, of variance one (the paper's x_t); denoised: the predicted x_0.
@@ -84,5 +84,5 @@ def _check_learns_variance(model: Any) -> None:
 
 
 def dit_sampler() -> Any:
-    """The SAMPLER."""
+    """Return the SAMPLER."""
     return host.own_sampler(sample_ddpm)

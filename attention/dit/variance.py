@@ -26,7 +26,7 @@ class VarianceOfStep:
             self.counts[kind] = self.counts.get(kind, 0) + 1
 
     def of_positive(self, x: Tensor) -> Tensor | None:
-        """The positive class's, as published; the mean of several; what there is, where only the negative was computed."""
+        """Return the positive class's, as published; the mean of several; what there is, where only the negative was computed."""
         if not self.sums:
             return None
         kind = min(self.sums)

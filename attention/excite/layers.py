@@ -70,7 +70,7 @@ def guided_layers(network: torch.nn.Module, latent: Sequence[int], settings: Exc
 
 
 def guided_names(network: torch.nn.Module, settings: ExciteSettings) -> str:
-    """The layers that are guided, in the syntax of ``layer_names``; all that may be where that depends on the latent's size.
+    """Return the layers that are guided, in the syntax of ``layer_names``; all candidates where the latent's size decides.
 
     Raises:
         ValueError: ``layers`` names one that the network does not have.

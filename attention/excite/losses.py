@@ -58,7 +58,7 @@ class LossSettings:
 
 
 def smoothing_kernel(sigma: float, size: int) -> Tensor:
-    """(size, size), sums to 1. As published exp(-(d / 2 sigma)^2), which is wider than a Gaussian of that sigma."""
+    """Return (size, size), sums to 1. As published exp(-(d / 2 sigma)^2), which is wider than a Gaussian of that sigma."""
     distance = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
     line = torch.exp(-((distance / (2 * sigma)) ** 2))
     kernel = line[:, None] * line[None]
@@ -66,7 +66,7 @@ def smoothing_kernel(sigma: float, size: int) -> Tensor:
 
 
 def smoothed(maps: Tensor, sigma: float, size: int) -> Tensor:
-    """Subjects' maps smoothed; at the border they are mirrored, as far as they are large enough for that."""
+    """Return subjects' maps smoothed; at the border they are mirrored, as far as they are large enough for that."""
     margin = size // 2
     mode = "reflect" if min(maps.shape[-2:]) > margin else "replicate"
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
@@ -75,7 +75,7 @@ def smoothed(maps: Tensor, sigma: float, size: int) -> Tensor:
 
 
 def subject_maps(maps: Tensor, prompt: GuidedPrompt, settings: LossSettings) -> Tensor:
-    """Each subject's share of every place, (images, subjects, height, width): a softmax over the competing tokens."""
+    """Return each subject's share of every place, (images, subjects, height, width): a softmax over the competing tokens."""
     column = {position: index for index, position in enumerate(prompt.columns)}
     shares = (maps[..., list(prompt.columns)] * _SHARPNESS).softmax(-1)
     own = [shares[..., [column[position] for position in subject.positions]].mean(-1) for subject in prompt.subjects]
@@ -84,24 +84,24 @@ def subject_maps(maps: Tensor, prompt: GuidedPrompt, settings: LossSettings) -> 
 
 
 def strengths(subjects: Tensor) -> Tensor:
-    """Each subject's maximum, (images, subjects)."""
+    """Return each subject's maximum, (images, subjects)."""
     return subjects.flatten(2).amax(-1)
 
 
 def neglect(subjects: Tensor) -> Tensor:
-    """What the most neglected subject lacks of a full maximum, (images,): the paper's loss (eq. 1)."""
+    """Return what the most neglected subject lacks of a full maximum, (images,): the paper's loss (eq. 1)."""
     return (1 - strengths(subjects)).clamp(min=0).amax(1)
 
 
 def variation(subjects: Tensor) -> Tensor:
-    """Minus the total variation of the subject with the least, (images,): Divide & Bind's attendance loss."""
+    """Return minus the total variation of the subject with the least, (images,): Divide & Bind's attendance loss."""
     down = (subjects[..., 1:, :] - subjects[..., :-1, :]).abs().sum((2, 3))
     across = (subjects[..., :, 1:] - subjects[..., :, :-1]).abs().sum((2, 3))
     return -(down + across).amin(1)
 
 
 def overlap(subjects: Tensor) -> Tensor:
-    """Mean over pairs of sum(min) / sum(both), (images,): 0 apart, 0.5 the same. 0 for a single subject."""
+    """Return mean over pairs of sum(min) / sum(both), (images,): 0 apart, 0.5 the same. 0 for a single subject."""
     flat = subjects.flatten(2)
     pairs = list(combinations(range(flat.shape[1]), 2))
     if not pairs:
@@ -111,7 +111,7 @@ def overlap(subjects: Tensor) -> Tensor:
 
 
 def self_overlap(subjects: Tensor, looks: Tensor) -> Tensor:
-    """``overlap`` of where each subject's strongest place looks, (images,).
+    """Return ``overlap`` of where each subject's strongest place looks, (images,).
 
     Args:
         looks: image tokens attending to image tokens, (images, places, places).

@@ -75,7 +75,7 @@ class ExciteObjective:
 
 
 def _mean(measured: Sequence[dict[str, Tensor]], name: str) -> Tensor | None:
-    """The plain mean over all heads of all layers."""
+    """Return the plain mean over all heads of all layers."""
     found = [entry for entry in measured if name in entry]
     if not found:
         return None
@@ -83,7 +83,7 @@ def _mean(measured: Sequence[dict[str, Tensor]], name: str) -> Tensor | None:
 
 
 def _resized(subjects: Tensor, places: int) -> Tensor:
-    """Subjects' maps on the finer grid of the self-attention (the same shape, ``places`` in all)."""
+    """Return subjects' maps on the finer grid of the self-attention (the same shape, ``places`` in all)."""
     height, width = subjects.shape[-2:]
     factor = math.sqrt(places / (height * width))
     size = round(height * factor), round(width * factor)

@@ -115,7 +115,7 @@ class ExciteRun:
         return found
 
     def _need(self, rows: Tensor) -> Tensor:
-        """The paper's loss of some images when they were last measured, whatever loss moves them."""
+        """Return the paper's loss of some images when they were last measured, whatever loss moves them."""
         assert self.last is not None
         return (1 - self.last[rows.cpu()]).clamp(min=0).amax(1)
 

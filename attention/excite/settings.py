@@ -49,7 +49,7 @@ class ExciteSettings:
         return self.scale_factor * math.sqrt(share)
 
     def wanted(self, step: int, steps: int) -> float | None:
-        """The maximum that every subject must have in this step, or None."""
+        """Return the maximum that every subject must have in this step, or None."""
         found = [wanted for fraction, wanted in self.thresholds if min(round(fraction * steps), steps - 1) == step]
         return max(found) if found else None
 
@@ -63,7 +63,7 @@ def _check_fraction(name: str, value: float, hint: str) -> None:
 
 
 def parse_thresholds(text: str) -> tuple[tuple[float, float], ...]:
-    """``0:0.05, 0.2:0.5`` -> ((0.0, 0.05), (0.2, 0.5)). Empty: no refinement."""
+    """Turn ``0:0.05, 0.2:0.5`` into ((0.0, 0.05), (0.2, 0.5)). Empty: no refinement."""
     pairs = []
     for number, item in enumerate((item for item in text.split(",") if item.strip()), start=1):
         where = f"thresholds, entry {number} ('{item.strip()}')"

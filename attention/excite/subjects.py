@@ -37,7 +37,7 @@ _PADDING_COMPETES = {"", "l", "g"}
 
 
 def guided_prompts(conditioning: Sequence[Any], subjects: str, clip: Any = None, text: str = "") -> list[GuidedPrompt | None]:
-    """What to guide in each entry of the positive conditioning; None where an entry has none of the subjects.
+    """Return what to guide in each entry of the positive conditioning; None where an entry has none of the subjects.
 
     Raises:
         ValueError: no subjects, or one that no entry has.
@@ -79,7 +79,7 @@ def _numbered(word: Any, subjects: Sequence[Any]) -> str:
 
 
 def _at_positions(entry: Any, positions: list[int], clip: Any, text: str) -> GuidedPrompt:
-    """Subjects given as token positions need no words, only a text."""
+    """Return what to guide in one entry for subjects given as token positions, which need no known words."""
     tensor, options = (entry["cross_attn"], entry) if isinstance(entry, dict) else entry
     known: TokenMap | None = None
     if METADATA in options or (clip is not None and text.strip()):
@@ -104,7 +104,7 @@ def _name_at(known: TokenMap | None, position: int) -> str:
 
 
 def _columns(tokens: TokenMap, subjects: Sequence[Subject]) -> tuple[int, ...]:
-    """The tokens that compete for a place, see ``_PADDING_COMPETES``."""
+    """Return the tokens that compete for a place, see ``_PADDING_COMPETES``."""
     padding = {token.encoder for token in tokens.tokens} <= _PADDING_COMPETES
     left_out = ("start",) if padding else ("start", "end", "pad", "template")
     kept = {token.position for token in tokens.tokens if token.kind not in left_out}

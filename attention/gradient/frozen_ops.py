@@ -23,7 +23,7 @@ _aten = torch.ops.aten
 
 
 def plain_tensor(tensor: Tensor) -> Tensor:
-    """An ordinary tensor on the memory of an inference tensor. (``detach`` and ``view`` would be inference tensors again.)"""
+    """Return a plain tensor on the memory of an inference tensor, which ``detach`` and ``view`` would not give."""
     alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 
@@ -57,7 +57,7 @@ def _with_copy(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def saving_copies(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with copies of all that it saves for its gradient: FreeU writes to what it has just multiplied."""
+    """Return ``function`` with copies of all that it saves for its gradient: FreeU writes to what it has just multiplied."""
 
     def saving(*args: Any, **kwargs: Any) -> Any:
         with saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda tensor: tensor):

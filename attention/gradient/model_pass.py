@@ -78,7 +78,7 @@ class ModelPass:
         self._level_chosen = False
 
     def observe(self, cond: dict[str, Any], x: Tensor, sigma: Tensor, measure: Measure) -> Measurements:
-        """One forward without a gradient. Empty where the cond is not active at this sigma."""
+        """Run one forward without a gradient. Empty where the cond is not active at this sigma."""
         found: Measurements = []
 
         def body(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -94,7 +94,7 @@ class ModelPass:
     def gradient(
         self, cond: dict[str, Any], x: Tensor, sigma: Tensor, objective: Objective, rows: Tensor | None = None
     ) -> Gradient | None:
-        """The loss of each image and its gradient with respect to ``x``; None where the cond is not active at this sigma.
+        """Return the loss of each image and its gradient with respect to ``x``; None where the cond is not active at this sigma.
 
         Args:
             x: (batch, channels, ..., height, width), the sampler's latent; sigma: (batch,).
@@ -115,7 +115,7 @@ class ModelPass:
             host.empty_cache()
 
     def parts(self, x: Tensor, rows: Tensor) -> list[Tensor]:
-        """The images of a gradient pass as they are computed: together, or one at a time to save memory."""
+        """Return the images of a gradient pass as they are computed: together, or one at a time to save memory."""
         if not self._level_chosen:
             self.level, self._level_chosen = self._first_level(x), True
         return list(rows.split(1)) if self.level == _Level.ONE_IMAGE_AT_A_TIME else [rows]
@@ -246,14 +246,14 @@ def _at_least_float32(x: Tensor) -> torch.dtype:
 
 
 def _own_options(value: Any) -> Any:
-    """The same arguments with copies of their dictionaries."""
+    """Return the same arguments with copies of their dictionaries."""
     if isinstance(value, dict):
         return {key: _own_options(item) for key, item in value.items()}
     return tuple(_own_options(item) for item in value) if type(value) is tuple else value
 
 
 def _fresh(value: Any) -> Any:
-    """The same arguments, not to be changed by what is done with these: dictionaries and floating tensors are copies.
+    """Return the same arguments, not to be changed by what is done with these: dictionaries and floating tensors are copies.
 
     Networks write their progress into the options, and some add to their tokens in place.
     """
@@ -265,7 +265,7 @@ def _fresh(value: Any) -> Any:
 
 
 def _rows(value: Any, rows: Tensor, batch: int) -> Any:
-    """Some images of everything in a model call that has one row per image."""
+    """Return some images of everything in a model call that has one row per image."""
     if isinstance(value, Tensor):
         return value[rows.to(value.device)] if value.ndim and value.shape[0] == batch and len(rows) < batch else value
     if isinstance(value, dict):

@@ -37,7 +37,7 @@ class AttentionCall:
 
     @cached_property
     def returned(self) -> Tensor:
-        """The call's result in the form in which the network wants it."""
+        """Return the call's result in the form in which the network wants it."""
         return self.compute()
 
     @property
@@ -56,10 +56,10 @@ class Objective(Protocol):
     """A loss on the attention of some layers."""
 
     def measure(self, layer: AttentionLayer, call: AttentionCall, rows: Tensor) -> Any:
-        """What the loss needs of one call; ``rows`` are the images of the batch that this pass is about."""
+        """Return what the loss needs of one call; ``rows`` are the images of the batch that this pass is about."""
 
     def loss(self, measurements: Measurements, rows: Tensor) -> Tensor:
-        """(len(rows),), float32: each image's own loss."""
+        """Return (len(rows),), float32: each image's own loss."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,6 @@ class _Watch:
         return call.returned
 
     def close(self) -> Measurements:
-        """Ends the forward; calls that are seen after this belong to blocks that are computed again."""
+        """End the forward; calls that are seen after this belong to blocks that are computed again."""
         found, self.found = self.found or [], None
         return found

@@ -25,40 +25,40 @@ _HIDDEN = -1e4
 
 
 def activations_size(options: TransformerOptions) -> tuple[int, int] | None:
-    """Height and width of the feature map that a U-Net's attention call belongs to."""
+    """Return the height and width of the feature map that a U-Net's attention call belongs to."""
     shape = options.get("activations_shape")
     return None if shape is None else (shape[-2], shape[-1])
 
 
 def has_patches(options: TransformerOptions, name: str) -> bool:
-    """Whether a patch or a replacement is registered under ``name`` ("attn1", "attn2"), changing what its module receives."""
+    """Return whether a patch or a replacement under ``name`` ("attn1", "attn2") changes what its module receives."""
     return bool(options.get("patches", {}).get(f"{name}_patch")) or bool(options.get("patches_replace", {}).get(name))
 
 
 def has_input_patches(options: TransformerOptions, name: str) -> bool:
-    """Whether a patch changes the tokens or the context before module ``name`` sees them."""
+    """Return whether a patch changes the tokens or the context before module ``name`` sees them."""
     return bool(options.get("patches", {}).get(f"{name}_patch"))
 
 
 def has_output_patches(options: TransformerOptions) -> bool:
-    """Whether a patch receives attention outputs and might write to them."""
+    """Return whether a patch receives attention outputs and might write to them."""
     patches = options.get("patches", {})
     return bool(patches.get("attn1_output_patch") or patches.get("attn2_output_patch"))
 
 
 def has_replacements(options: TransformerOptions, name: str) -> bool:
-    """Whether another node computes the attention of module ``name`` itself, so that no attention call is to be seen."""
+    """Return whether another node computes the attention of module ``name`` itself, so that no attention call is to be seen."""
     return bool(options.get("patches_replace", {}).get(name))
 
 
 def without_replacements(options: TransformerOptions, name: str) -> TransformerOptions:
-    """The options without the replacements of ``name``: the block then calls its own attention module."""
+    """Return the options without the replacements of ``name``: the block then calls its own attention module."""
     replacements = {k: v for k, v in options.get("patches_replace", {}).items() if k != name}
     return {**options, "patches_replace": replacements}
 
 
 def with_attention_observer(options: TransformerOptions, observe: Callable[..., None]) -> TransformerOptions:
-    """Options whose attention calls first show their arguments to ``observe`` and then go the way they would have gone.
+    """Return options whose attention calls first show their arguments to ``observe`` and then go the way they would have gone.
 
     What was installed before is called as before; the result is passed on untouched. (A plain closure: 0.3.75 copies
     objects that it finds in the options.)
@@ -73,7 +73,7 @@ def with_attention_observer(options: TransformerOptions, observe: Callable[..., 
 
 
 def with_attention(options: TransformerOptions, attention: Callable[..., torch.Tensor]) -> TransformerOptions:
-    """Options whose attention calls are made by ``attention(host_function, *args, **kwargs)``, whatever was there before."""
+    """Return options whose attention calls are made by ``attention(comfy_function, *args, **kwargs)`` alone."""
 
     def override(host_function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         return attention(host_function, *args, **kwargs)
@@ -134,7 +134,7 @@ class AttentionInputs:
 def attention_inputs(
     q: Tensor, k: Tensor, heads: int, *, mask: Tensor | None = None, skip_reshape: bool = False, scale: float | None = None
 ) -> AttentionInputs:
-    """The arguments of one of ComfyUI's attention functions, in one form."""
+    """Return the arguments of one of ComfyUI's attention functions, in one form."""
     if not skip_reshape:
         q, k = q.flatten(2), k.flatten(2)
         channels = q.shape[-1] // heads
@@ -146,7 +146,7 @@ def attention_inputs(
 
 
 def _broadcastable(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """A mask with four dimensions: (queries, keys), (batch, keys), (batch, queries, keys) or all four come in."""
+    """Return a mask with four dimensions: (queries, keys), (batch, keys), (batch, queries, keys) or all four come in."""
     batch, _, queries, _ = shape
     if mask.ndim == 2 and mask.shape[0] not in (1, queries) and mask.shape[0] == batch:
         return mask[:, None, None]

@@ -19,7 +19,7 @@ import torch
 
 
 def cond_region(cond: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
-    """The part of ``x`` that a cond with an area works on, as a view."""
+    """Return the part of ``x`` that a cond with an area works on, as a view."""
     area: Sequence[int] = cond.get("area") or ()
     for dimension in range(len(area) // 2):
         start = area[len(area) // 2 + dimension]
@@ -38,7 +38,7 @@ LIMITS_OF_A_WINDOW = {"area": "prompts for an area", "control": "ControlNet", "g
 
 
 def prompts_of(guider: Any) -> list[Sequence[Mapping[str, Any]]]:
-    """All prompts that a guider was given, before it samples: for each kind (positive, negative, ...) the list of its conds."""
+    """Return the prompts of a guider before it samples: for each kind (positive, negative, ...) the list of its conds."""
     return list(getattr(guider, "original_conds", {}).values())
 
 
@@ -56,7 +56,7 @@ def prompts_by_area(guider: Any, areas: Sequence[tuple[int, ...]]) -> Iterator[N
 
 
 def prompt_everywhere(conditioning: Sequence[Any], **defaults: Any) -> dict[str, Any]:
-    """The first prompt of a CONDITIONING, for the whole image and the whole run, without ControlNet.
+    """Return the first prompt of a CONDITIONING, for the whole image and the whole run, without ControlNet.
 
     Args:
         defaults: what it carries where it does not say otherwise itself.
@@ -68,7 +68,7 @@ def prompt_everywhere(conditioning: Sequence[Any], **defaults: Any) -> dict[str,
 def processed_cond(
     base_model: Any, cond: dict[str, Any], like: torch.Tensor, seed: int | None, latent_image: torch.Tensor, mask: Any = None
 ) -> dict[str, Any]:
-    """A prompt as model calls on latents of the size of ``like`` need it."""
+    """Return a prompt as model calls on latents of the size of ``like`` need it."""
     conds = {"negative": [cond]}
     shapes = [tuple(like.shape)]
     done = comfy.samplers.process_conds(base_model, like, conds, like.device, latent_image, mask, seed, latent_shapes=shapes)
@@ -76,5 +76,5 @@ def processed_cond(
 
 
 def cond_values(cond: Mapping[str, Any]) -> dict[str, Any]:
-    """What the network is given of a processed prompt: tensors, lists of them, and plain values."""
+    """Return what the network is given of a processed prompt: tensors, lists of them, and plain values."""
     return {name: value.cond for name, value in sorted(cond["model_conds"].items())}

@@ -36,7 +36,7 @@ BeforeStep = Callable[[Any, int, Tensor, Tensor, dict[str, Any]], None]
 
 
 def sampler_name(sampler: Any) -> str:
-    """The name of a sampler as its menu has it."""
+    """Return the name of a sampler as its menu has it."""
     function = getattr(sampler, "sampler_function", None)
     name = getattr(function, "__name__", type(sampler).__name__)
     return str(name).removeprefix("sample_").removesuffix("_function").replace("unipc", "uni_pc")
@@ -60,7 +60,7 @@ def check_sampler(sampler: Any) -> None:
 
 
 def with_steps(sampler: Any, before_step: BeforeStep, steps: Callable[[int], bool]) -> Any:
-    """The same sampler, with ``before_step`` called once in each step that ``steps`` names.
+    """Return the same sampler, with ``before_step`` called once in each step that ``steps`` names.
 
     Raises:
         ValueError: ``check_sampler``; while sampling, where the sampler turns out to go on with another latent.
@@ -127,7 +127,7 @@ class _Steps:
 
 
 def seen_by_the_model(model: Any, x: Tensor, sigma: Tensor, mask: Tensor | None) -> Tensor:
-    """The latent that the network will see: with an inpaint mask (``denoise_mask``) ComfyUI puts the known image,
+    """Return the latent that the network will see: with an inpaint mask (``denoise_mask``) ComfyUI puts the known image,
     with its noise, around the part that is sampled."""
     if mask is None:
         return x

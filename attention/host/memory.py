@@ -16,12 +16,12 @@ import torch
 
 
 def free_system_memory() -> float:
-    """Bytes of RAM that nobody uses."""
+    """Return the free bytes of RAM."""
     return float(comfy.model_management.get_free_memory(torch.device("cpu")))
 
 
 def forward_memory(base_model: Any, x: torch.Tensor) -> float:
-    """Bytes that ComfyUI reckons for one forward on ``x``."""
+    """Return the bytes that ComfyUI reckons for one forward on ``x``."""
     return float(base_model.memory_required(list(x.shape)))
 
 
@@ -31,13 +31,13 @@ def empty_cache() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """ComfyUI's own judgement: on a machine without a GPU it counts no error as out of memory."""
+    """Return whether ComfyUI calls an error out of memory; on a machine without a GPU only torch's own counts."""
     kind = comfy.model_management.OOM_EXCEPTION
     return isinstance(error, torch.OutOfMemoryError) or (kind is not Exception and isinstance(error, kind))
 
 
 def spare_memory(device: torch.device) -> float:
-    """Bytes on ``device`` beyond what ComfyUI keeps free for inference; unlimited on the CPU."""
+    """Return the bytes on ``device`` beyond what ComfyUI keeps free for inference; unlimited on the CPU."""
     if device.type == "cpu":
         return float("inf")
     return comfy.model_management.get_free_memory(device) - comfy.model_management.minimum_inference_memory()

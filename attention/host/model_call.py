@@ -32,38 +32,38 @@ _APPLY_MODEL_CONTEXT, _APPLY_MODEL_CONTROL = 3, 4
 
 
 def apply_model_options(args: Sequence[Any]) -> TransformerOptions:
-    """transformer_options among the positional arguments of an APPLY_MODEL wrapper."""
+    """Return transformer_options from the positional arguments of an APPLY_MODEL wrapper."""
     return args[_APPLY_MODEL_OPTIONS]
 
 
 def with_apply_model_options(args: Sequence[Any], options: TransformerOptions) -> list[Any]:
-    """The same arguments with other transformer_options."""
+    """Return the same arguments with other transformer_options."""
     return [*args[:_APPLY_MODEL_OPTIONS], options, *args[_APPLY_MODEL_OPTIONS + 1 :]]
 
 
 def apply_model_text(args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> torch.Tensor | None:
-    """The text of a model call: its cross-attention context, or the conditioning ``name`` of a network that has none."""
+    """Return the text of a model call: its cross-attention context, or the conditioning ``name`` of a network that has none."""
     return args[_APPLY_MODEL_CONTEXT] if name == "c_crossattn" else kwargs.get(name)
 
 
 def changes_features(args: Sequence[Any]) -> bool:
-    """True where a model call's feature maps may be changed in place: by ControlNet's residuals, or by patches (FreeU)."""
+    """Return True where a model call's feature maps may be changed in place: by ControlNet's residuals, or by patches (FreeU)."""
     return args[_APPLY_MODEL_CONTROL] is not None or bool(apply_model_options(args).get("patches"))
 
 
 def latent_shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """(batch, channels, [frames,] height, width) of a model call; of the video, where video and audio come packed."""
+    """Return (batch, channels, [frames,] height, width) of a model call; of the video, where video and audio come packed."""
     packed = kwargs.get("latent_shapes")
     return tuple(args[0].shape) if packed is None else (args[0].shape[0], *packed[0][1:])
 
 
 def in_worker_thread(options: TransformerOptions) -> bool:
-    """Whether this model call is one of several at the same time, on several GPUs."""
+    """Return whether this model call is one of several at the same time, on several GPUs."""
     return "multigpu_thread_device" in options
 
 
 def cond_uuids(options: TransformerOptions) -> list[UUID]:
-    """Which conditioning each equal chunk of this call's batch belongs to, in batch order."""
+    """Return which conditioning each equal chunk of this call's batch belongs to, in batch order."""
     return options["uuids"]
 
 
@@ -73,13 +73,13 @@ def cond_or_uncond(options: TransformerOptions) -> list[int]:
 
 
 def diffusion_model(base_model: Any) -> torch.nn.Module:
-    """The network inside a BaseModel, without a torch.compile shell."""
+    """Return the network inside a BaseModel, without a torch.compile shell."""
     network = base_model.diffusion_model
     return getattr(network, "_orig_mod", network)
 
 
 def is_compiled(base_model: Any) -> bool:
-    """True where torch.compile runs the network or parts of it, so that swapping a forward would recompile or be ignored.
+    """Return True where torch.compile runs the network or parts of it, so that swapping a forward would recompile or be ignored.
 
     Core's node swaps compiled modules in only while a model call lasts; what it leaves to see is its wrapper.
     """
@@ -89,12 +89,12 @@ def is_compiled(base_model: Any) -> bool:
 
 
 def needs_uncond(options: ModelOptions) -> bool:
-    """True where a sampler (cfg++) or another node (SAG, NAG) asked for a real negative prediction at every step."""
+    """Return True where a sampler (cfg++) or another node (SAG, NAG) asked for a real negative prediction at every step."""
     return bool(options.get("disable_cfg1_optimization", False))
 
 
 def internal_options(options: ModelOptions, *, keeps_patches: bool) -> ModelOptions:
-    """Options for a pass of the pack's own: no caches, no compiled modules, no context windows, not seen by our recorders.
+    """Return options for a pass of the pack's own: no caches, no compiled modules, no context windows, not seen by our recorders.
 
     Args:
         keeps_patches: keep what other nodes change inside the network's blocks (FreeU, ToMe, ...). A node that replaces
@@ -108,7 +108,7 @@ def internal_options(options: ModelOptions, *, keeps_patches: bool) -> ModelOpti
 
 
 def with_wrapped_patches(options: ModelOptions, wrap: Callable[[Any], Any]) -> ModelOptions:
-    """The same options with ``wrap(patch)`` in place of every block patch of another node."""
+    """Return the same options with ``wrap(patch)`` in place of every block patch of another node."""
     transformer = options["transformer_options"]
     if "patches" not in transformer:
         return options

@@ -27,7 +27,7 @@ _WRAPPER_KINDS = {
 
 
 def attach(model: ModelPatcher, key: str, technique: object) -> ModelPatcher:
-    """A clone of ``model`` whose sampling runs through ``technique``'s methods.
+    """Return a clone of ``model`` whose sampling runs through ``technique``'s methods.
 
     A method named after a kind of wrapper (``outer_sample``, ``sampler_sample``, ``predict_noise``, ``calc_cond_batch``,
     ``apply_model``) becomes that wrapper. Attaching the same key again replaces what was there.
@@ -41,7 +41,7 @@ def attach(model: ModelPatcher, key: str, technique: object) -> ModelPatcher:
 
 
 def detach(model: ModelPatcher, key: str) -> ModelPatcher:
-    """A clone of ``model`` without the wrappers of ``key``."""
+    """Return a clone of ``model`` without the wrappers of ``key``."""
     clone = model.clone()
     for kind in _WRAPPER_KINDS.values():
         clone.remove_wrappers_with_key(kind, key)
@@ -74,7 +74,7 @@ def sampler_scope(options: ModelOptions, key: str, state: object) -> Iterator[No
 
 
 def run_state(options: ModelOptions | TransformerOptions, key: str) -> Any:
-    """The state that was put there, from model options or transformer options; None outside such a run."""
+    """Return the state that was put there, from model options or transformer options; None outside such a run."""
     return options.get("transformer_options", options).get(key)
 
 

@@ -18,14 +18,14 @@ from tqdm.auto import tqdm
 
 
 def preview_callback(model: ModelPatcher, steps: int) -> Callable[..., None]:
-    """The sampler's progress bar with its live preview: ``callback(step, denoised, x, steps)``."""
+    """Return the sampler's progress bar with its live preview: ``callback(step, denoised, x, steps)``."""
     import latent_preview
 
     return latent_preview.prepare_callback(model, steps)
 
 
 def shows_console_progress() -> bool:
-    """Whether samplers draw a bar in the console."""
+    """Return whether samplers draw a bar in the console."""
     return bool(comfy.utils.PROGRESS_BAR_ENABLED)
 
 

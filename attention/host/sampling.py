@@ -19,12 +19,15 @@ from comfy.model_patcher import ModelPatcher
 
 
 def combines_as_cfg(guider: Any) -> bool:
-    """True where the guider mixes exactly [positive, negative] as classifier-free guidance does."""
+    """Return True where the guider mixes exactly [positive, negative] as classifier-free guidance does."""
     return type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
 
 
 def input_scale(base_model: Any, sigma: torch.Tensor) -> torch.Tensor:
-    """z = x * scale, (batch, 1, ...): the model's own input, which is variance preserving for eps and v; 1 for flow models."""
+    """Return the scale (batch, 1, ...) from a sampler's latent to the network's own input, z = x * scale.
+
+    z is variance preserving for eps and v models; the scale is 1 for flow models.
+    """
     return base_model.model_sampling.calculate_input(sigma, torch.ones_like(sigma))
 
 
@@ -35,7 +38,7 @@ default_noise_sampler = comfy.k_diffusion.sampling.default_noise_sampler
 def sample(
     guider: Any, noise: Any, sampler: Any, sigmas: torch.Tensor, latent: Mapping[str, Any], on_step: Callable[..., None]
 ) -> torch.Tensor:
-    """What SamplerCustomAdvanced does, with ``on_step(step, denoised, x, steps)`` in place of its progress bar."""
+    """Do what SamplerCustomAdvanced does, with ``on_step(step, denoised, x, steps)`` in place of its progress bar."""
     samples = guider.sample(
         noise.generate_noise(latent), latent["samples"], sampler, sigmas, denoise_mask=latent.get("noise_mask"),
         callback=on_step, disable_pbar=True, seed=noise.seed,
@@ -46,7 +49,7 @@ def sample(
 def sample_plainly(
     guider: Any, noise: Any, sampler: Any, sigmas: torch.Tensor, latent: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """ComfyUI's SamplerCustomAdvanced: its two latents."""
+    """Run ComfyUI's SamplerCustomAdvanced and return its two latents."""
     from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
 
     output, denoised = SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent).args
@@ -54,7 +57,7 @@ def sample_plainly(
 
 
 def fitting_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> dict[str, Any]:
-    """An empty latent gets the model's channels, an image for a video model its frame dimension."""
+    """Return a latent that fits the model: an empty one with its channels, one of an image with the frames of a video model."""
     sizes = [latent[name] for name in ("downscale_ratio_spacial", "downscale_ratio_temporal") if name in latent]
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *sizes)
     kept = {name: value for name, value in latent.items() if not name.startswith("downscale_ratio")}
@@ -62,25 +65,25 @@ def fitting_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> dict[str, 
 
 
 def latent_channels(model: ModelPatcher) -> tuple[int, int]:
-    """Channels of the model's latents, and their dimensions: 2 for images, 3 for video, 1 for sound."""
+    """Return the channels of the model's latents, and their dimensions: 2 for images, 3 for video, 1 for sound."""
     latent_format = model.get_model_object("latent_format")
     return latent_format.latent_channels, latent_format.latent_dimensions
 
 
 def pixels_per_latent(model: ModelPatcher) -> int:
-    """Side of the image's part that one latent pixel stands for. (0.3.75 does not say: 8 for all that this pack can name.)"""
+    """Return the side in image pixels of one latent pixel. (0.3.75 does not say: 8 for all that this pack can name.)"""
     return int(getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8))
 
 
 def packs_latents(model: ModelPatcher) -> bool:
-    """Whether the model samples latents of another shape than its VAE's (HunyuanImage's refiner)."""
+    """Return whether the model samples latents of another shape than its VAE's (HunyuanImage's refiner)."""
     channels, dimensions = latent_channels(model)
     latent = torch.zeros(1, channels, *(1,) * dimensions)
     return model.get_model_object("latent_format").process_in(latent).shape != latent.shape
 
 
 def own_sampler(function: Callable[..., torch.Tensor], like: Any = None) -> Any:
-    """A SAMPLER whose loop is ``function(model, x, sigmas, extra_args, callback, disable, **options)``.
+    """Return a SAMPLER whose loop is ``function(model, x, sigmas, extra_args, callback, disable, **options)``.
 
     Args:
         like: another SAMPLER whose options it takes over.
@@ -90,12 +93,12 @@ def own_sampler(function: Callable[..., torch.Tensor], like: Any = None) -> Any:
 
 
 def is_k_sampler(sampler: Any) -> bool:
-    """Whether a SAMPLER is one of the usual loops over sigmas."""
+    """Return whether a SAMPLER is one of the usual loops over sigmas."""
     return isinstance(sampler, comfy.samplers.KSAMPLER)
 
 
 def denoise_mask(model: Any, call: Mapping[str, Any], sigma: torch.Tensor) -> torch.Tensor | None:
-    """The part of the latent that a sampler may change at ``sigma`` (batch,); None: everything.
+    """Return the part of the latent that a sampler may change at ``sigma`` (batch,); None: everything.
 
     Args:
         model: what a sampler's function is given; ``call`` its ``extra_args``.
@@ -108,7 +111,7 @@ def denoise_mask(model: Any, call: Mapping[str, Any], sigma: torch.Tensor) -> to
 
 
 def is_flow(base_model: Any) -> bool:
-    """Whether latents are mixed as (1 - sigma) * image + sigma * noise, so that sigma 0 is a time the model knows."""
+    """Return whether latents are mixed as (1 - sigma) * image + sigma * noise, so that sigma 0 is a time the model knows."""
     return isinstance(base_model.model_sampling, comfy.model_sampling.CONST)
 
 
@@ -117,13 +120,13 @@ def smallest_sigma(base_model: Any) -> float:
 
 
 def noised(base_model: Any, latent: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
-    """A clean latent as the sampler would have it at ``sigma``."""
+    """Return a clean latent as the sampler would have it at ``sigma``."""
     level = latent.new_full((len(latent),), sigma, dtype=torch.float32)
     return base_model.model_sampling.noise_scaling(level, noise, latent)
 
 
 def schedule_key(base_model: Any, sigma: float) -> tuple[float, float]:
-    """How the model reads a sigma: the time it is told, and the scale of its input."""
+    """Return how the model reads a sigma: the time it is told, and the scale of its input."""
     level = torch.tensor([sigma])
     sampling = base_model.model_sampling
     on_device = level.to(sampling.sigma_max.device) if isinstance(sampling.sigma_max, torch.Tensor) else level

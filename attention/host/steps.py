@@ -13,7 +13,7 @@ from .sampling import is_k_sampler
 
 
 def is_comfy_loop(sampler: Any) -> bool:
-    """Whether a SAMPLER's loop is one that ComfyUI brings, so that what it tells its progress bar is known.
+    """Return whether a SAMPLER's loop is one that ComfyUI brings, so that what it tells its progress bar is known.
 
     Noise added on the way (``s_churn``) gives it other sigmas than the schedule's.
     """
@@ -51,7 +51,7 @@ class StepClock:
         return max(len(self.sigmas) - 1, 0)
 
     def step_at(self, sigma: float) -> int:
-        """Index of the step that sigma belongs to, 0 .. steps - 1."""
+        """Return index of the step that sigma belongs to, 0 .. steps - 1."""
         reached = sum(start >= sigma * (1 - _RELATIVE_SLACK) for start in self.sigmas[:-1])
         return max(reached - 1, 0)
 
@@ -70,7 +70,7 @@ class NoiseLevels:
         self._follows_schedule = is_comfy_loop(sampler)
 
     def hearing(self, progress: Callable[..., None] | None) -> Callable[..., None]:
-        """``progress(step, denoised, x, steps)``, which the sampler calls once in each step, listened to."""
+        """Return ``progress(step, denoised, x, steps)``, which the sampler calls once in each step, listened to."""
 
         def heard(step: int, *args: Any) -> None:
             self._done = step + 1
@@ -80,7 +80,7 @@ class NoiseLevels:
         return heard
 
     def at(self, timestep: torch.Tensor) -> float:
-        """The level of one evaluation, whose batch has ``timestep`` (sigmas, all equal)."""
+        """Return the level of one evaluation, whose batch has ``timestep`` (sigmas, all equal)."""
         expected = self._sigmas[self._done] if self._done < len(self._sigmas) - 1 else None
         if self._follows_schedule and self._done >= _CHECKED_STEPS and expected is not None:
             return expected
@@ -93,7 +93,7 @@ class NoiseLevels:
 def follow_sampler(
     executor: Any, guider: Any, sigmas: torch.Tensor, extra_args: dict[str, Any], progress: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """A SAMPLER_SAMPLE wrapper for techniques that ``read_sigma``; the first one of a run listens for all of them."""
+    """Return a SAMPLER_SAMPLE wrapper for techniques that ``read_sigma``; the first one of a run listens for all of them."""
     options = extra_args["model_options"]
     if run_state(options, _LEVELS) is not None:
         return executor(guider, sigmas, extra_args, progress, *args, **kwargs)
@@ -103,7 +103,7 @@ def follow_sampler(
 
 
 def read_sigma(timestep: torch.Tensor, options: ModelOptions) -> tuple[float, ModelOptions]:
-    """The noise level of a sampler's evaluation, and the options to go on with, which tell it to the other nodes."""
+    """Return the noise level of a sampler's evaluation, and the options to go on with, which tell it to the other nodes."""
     sigma = options.get(_SIGMA)
     if sigma is None:
         levels: NoiseLevels | None = run_state(options, _LEVELS)

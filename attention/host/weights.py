@@ -18,7 +18,7 @@ import torch
 
 
 def weights_key(guider: Any) -> tuple[Any, ...] | None:
-    """Changes whenever the model computes something else; None where that cannot be known."""
+    """Return a key that changes whenever the model computes something else; None where that cannot be known."""
     model = guider.model_patcher
     values = {name: value for name, value in model.object_patches.items() if name != "model_sampling"}
     if any(model.injections.values()) or not all(isinstance(value, (str, int, float)) for value in values.values()):
@@ -27,7 +27,7 @@ def weights_key(guider: Any) -> tuple[Any, ...] | None:
 
 
 def is_weighted_operation(module: torch.nn.Module) -> bool:
-    """One of ComfyUI's own operations, whose weights it casts and streams. (Not what a network derives from them.)"""
+    """Return one of ComfyUI's own operations, whose weights it casts and streams. (Not what a network derives from them.)"""
     return isinstance(module, comfy.ops.CastWeightBiasOp) and type(module).forward.__module__ == comfy.ops.__name__
 
 
@@ -46,7 +46,7 @@ def cast_weights(module: Any, like: torch.Tensor) -> Iterator[tuple[torch.Tensor
 
 
 def plain_kernel(function: Any) -> Any:
-    """The plain torch form of one of 0.30.0's fused kernels (RoPE), which have no gradient; other functions as they are."""
+    """Return the plain torch form of a fused kernel of 0.30.0 (RoPE), which has no gradient; other functions as they are."""
     namespace, _, name = str(function).partition(".")
     if namespace != "comfy_kitchen":
         return function
@@ -69,5 +69,5 @@ def differentiable_kernels() -> Iterator[None]:
 
 
 def compute_dtype(base_model: Any) -> torch.dtype:
-    """What the network computes in."""
+    """Return what the network computes in."""
     return base_model.manual_cast_dtype or base_model.get_dtype()

@@ -16,7 +16,7 @@ Size = tuple[int, int]  # height, width
 def aggregate(
     maps: PromptMaps, batch: int, positions: Sequence[int] | None, layers: Sequence[str] | None, heads: Sequence[int] | None
 ) -> Tensor:
-    """The mean over heads of layers, on the prompt's grid: (tokens, frames, height, width)."""
+    """Return the mean over heads of layers, on the prompt's grid: (tokens, frames, height, width)."""
     if not maps.layers:
         raise ValueError("Attention to words was not recorded in this run; only self-attention views are possible.")
     total, weight = torch.zeros(()), 0
@@ -49,7 +49,7 @@ def step_map(maps: PromptMaps, step: int) -> Tensor:
 
 
 def on_canvas(maps: Tensor, area: tuple[float, float, float, float] | None, grid: Size, size: Size | None) -> Tensor:
-    """(n, height, width) of the conditioning's own area -> the whole image."""
+    """Return (n, height, width) of the conditioning's own area -> the whole image."""
     if area is None:
         return maps if size is None else resize_maps(maps, size)
     height, width = size or grid

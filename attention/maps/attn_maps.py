@@ -30,7 +30,7 @@ class AttnMaps:
         self._recording = recording
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttnMaps:
-        """The same handle: ComfyUI copies what hangs on a model, and sampling has to fill the one the preview holds."""
+        """Return the same handle: ComfyUI copies what hangs on a model, and sampling has to fill the one the preview holds."""
         return self
 
     def fill(self, recording: Recording) -> None:
@@ -38,7 +38,7 @@ class AttnMaps:
         self._recording = recording
 
     def require(self) -> Recording:
-        """The recording, or an error that says what to do."""
+        """Return the recording, or an error that says what to do."""
         if self._recording is None:
             raise ValueError(
                 "There are no attention maps yet: no sampler has run with the model that comes out of Capture Attention Maps. "
@@ -51,7 +51,7 @@ class AttnMaps:
 
     @property
     def steps(self) -> int:
-        """Steps of the run; ``recorded_steps`` says which of them have a map of their own."""
+        """Return steps of the run; ``recorded_steps`` says which of them have a map of their own."""
         return max(len(self.sigmas) - 1, 0)
 
     @property
@@ -61,12 +61,12 @@ class AttnMaps:
 
     @property
     def batch(self) -> int:
-        """Images in the batch."""
+        """Return images in the batch."""
         return self.require().batch
 
     @property
     def grid(self) -> Size:
-        """Height and width of the finest maps."""
+        """Return height and width of the finest maps."""
         return self.require().grid[1:]
 
     @property
@@ -76,22 +76,22 @@ class AttnMaps:
 
     @property
     def notes(self) -> list[str]:
-        """What the artist should know: layers that could not be seen, detail that was dropped."""
+        """Return what the artist should know: layers that could not be seen, detail that was dropped."""
         return self.require().notes
 
     @property
     def meta(self) -> dict[str, Any]:
-        """Plain facts: model, family, kind of attention."""
+        """Return plain facts: model, family, kind of attention."""
         return self.require().meta
 
     @property
     def prompts(self) -> list[str]:
-        """Which prompts have maps: "positive", "negative"."""
+        """Return which prompts have maps: "positive", "negative"."""
         return list(dict.fromkeys(maps.prompt for maps in self.require().prompts))
 
     @property
     def layers(self) -> list[str]:
-        """Names of the recorded layers, in the network's order."""
+        """Return names of the recorded layers, in the network's order."""
         return list(dict.fromkeys(name for maps in self.require().prompts for name in maps.layers))
 
     def count(self, prompt: str = "positive") -> int:
@@ -99,7 +99,7 @@ class AttnMaps:
         return sum(maps.prompt == prompt for maps in self.require().prompts)
 
     def tokens(self, prompt: str = "positive", cond: int = 0) -> int:
-        """Text tokens: the first dimension of ``heat``."""
+        """Return text tokens: the first dimension of ``heat``."""
         return self.of(prompt, cond).tokens
 
     def heads(self, layer: str) -> int:
@@ -110,30 +110,30 @@ class AttnMaps:
         raise ValueError(f"Layer '{layer}' was not recorded. Recorded: {listed(self.layers)}.")
 
     def recorded_steps(self, prompt: str = "positive", cond: int = 0) -> list[int]:
-        """Steps (0 .. steps - 1) that ``convergence`` knows, and ``heat`` where step maps were kept."""
+        """Return steps (0 .. steps - 1) that ``convergence`` knows, and ``heat`` where step maps were kept."""
         return self.of(prompt, cond).steps
 
     @property
     def has_text(self) -> bool:
-        """Whether attention to words was recorded at all."""
+        """Return whether attention to words was recorded at all."""
         return any(maps.layers for maps in self.require().prompts)
 
     @property
     def has_steps(self) -> bool:
-        """Whether ``heat(step=...)`` works."""
+        """Return whether ``heat(step=...)`` works."""
         return any(maps.step_maps is not None for maps in self.require().prompts)
 
     @property
     def has_self_attention(self) -> bool:
-        """Whether ``self_attention`` works."""
+        """Return whether ``self_attention`` works."""
         return any(maps.self_attention for maps in self.require().prompts)
 
     def conditioning(self, prompt: str = "positive") -> list[dict[str, Any]]:
-        """One dict per entry with what the prompt's encoder left there: for ``tokens.prompt_infos``."""
+        """Return one dict per entry with what the prompt's encoder left there: for ``tokens.prompt_infos``."""
         return [dict(maps.metadata or {}) for maps in self.require().prompts if maps.prompt == prompt]
 
     def of(self, prompt: str = "positive", cond: int = 0) -> PromptMaps:
-        """The recording of one entry of a prompt's conditioning."""
+        """Return the recording of one entry of a prompt's conditioning."""
         recording = self.require()
         found = [maps for maps in recording.prompts if maps.prompt == prompt]
         if not recording.prompts:
@@ -200,7 +200,7 @@ class AttnMaps:
         frame: int = 0,
         size: Size | None = None,
     ) -> Tensor:
-        """Where the point (x, y), as fractions of width and height, looks in the image: (height, width).
+        """Return where the point (x, y), as fractions of width and height, looks in the image: (height, width).
 
         For a video: the point lies in latent frame ``frame``, and so does the answer.
         """
@@ -227,7 +227,7 @@ class AttnMaps:
     def convergence(
         self, words: Sequence[Sequence[int]], *, prompt: str = "positive", batch: int = 0, cond: int = 0
     ) -> tuple[list[int], Tensor, Tensor]:
-        """How words settle, step by step: steps, change (words, steps), mass (words, steps).
+        """Return how words settle, step by step: steps, change (words, steps), mass (words, steps).
 
         Each word is a list of token positions. ``change`` is the relative L2 distance of the word's maps to those of the
         recorded step before (NaN in the first one), ``mass`` the share of all attention that the word gets.

@@ -33,7 +33,7 @@ KEY = "fovea.capture"
 
 
 def chosen_layers(network: torch.nn.Module, text: str) -> list[AttentionLayer]:
-    """The layers that ``text`` names; where it is empty, all but a U-Net's middle block (DAAM's set)."""
+    """Return the layers that ``text`` names; where it is empty, all but a U-Net's middle block (DAAM's set)."""
     layers = attention_layers(network)
     names = list(dict.fromkeys(layer.name for layer in layers))
     if not text.strip():
@@ -119,7 +119,7 @@ class Capture:
         return call
 
     def _layers(self, run: CaptureRun, model: Any) -> list[AttentionLayer]:
-        """The layers of a model that are recorded; looked up once a run."""
+        """Return the layers of a model that are recorded; looked up once a run."""
         if id(model) not in run.layers:
             layers: list[AttentionLayer] = []
             if host.is_compiled(model):

@@ -27,7 +27,7 @@ _MOST_SIDE = 64
 def pointing_data(
     maps: AttnMaps, prompt: str, clip: Any, text: str, drawn: Sequence[Drawn], sources: Sequence[Source]
 ) -> str | None:
-    """The file's text; None where the words of the prompt are not known or nothing in the preview can be pointed at."""
+    """Return the file's text; None where the words of the prompt are not known or nothing in the preview can be pointed at."""
     if not any(entry.figure.panels for entry in drawn):
         return None
     try:
@@ -47,7 +47,7 @@ def pointing_data(
 
 
 def _grid(grid: tuple[int, int], maps: int) -> tuple[int, int]:
-    """Height and width of the maps in the file: their own, or less where that would make the file large."""
+    """Return height and width of the maps in the file: their own, or less where that would make the file large."""
     fits = (_MOST_CELLS / (maps * grid[0] * grid[1])) ** 0.5
     factor = min(1.0, fits, _MOST_SIDE / max(grid))
     return max(round(grid[0] * factor), 1), max(round(grid[1] * factor), 1)

@@ -14,7 +14,7 @@ _CHUNK_ELEMENTS = 16 * 1024 * 1024
 
 
 def row_probabilities(inputs: AttentionInputs, rows: slice) -> Iterator[tuple[int, Tensor]]:
-    """Chunks of the queries ``rows``: offset from the first of them, and (batch, heads, chunk, keys); each row sums to 1."""
+    """Yield chunks of the queries ``rows``: the offset from the first, and (batch, heads, chunk, keys), whose rows sum to 1."""
     first, last, _ = rows.indices(inputs.queries)
     size = max(_CHUNK_ELEMENTS // (inputs.batch * inputs.heads * inputs.keys), 1)
     keys = inputs.k.float().transpose(-1, -2)

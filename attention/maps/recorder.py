@@ -89,7 +89,7 @@ class CaptureRun:
             self.conds = []
 
     def _prompt_of(self, index: int, entries: Any) -> str:
-        """The guider's name for a list of conds; other nodes may have copied the list."""
+        """Return the guider's name for a list of conds; other nodes may have copied the list."""
         for name, known in self.prompts.items():
             if entries is known:
                 return name
@@ -100,7 +100,7 @@ class CaptureRun:
         return ("positive", "negative")[index] if index < 2 else f"prompt {index}"
 
     def tracks_for(self, options: TransformerOptions) -> list[Track] | None:
-        """One track for each chunk of a model call's batch; None where this call is not to be recorded."""
+        """Return one track for each chunk of a model call's batch; None where this call is not to be recorded."""
         assert self.names is not None
         keys = []
         for index, uuid in zip(host.cond_or_uncond(options), host.cond_uuids(options), strict=True):
@@ -159,7 +159,7 @@ class CaptureRun:
             track.add_self(matrix.to(self._choose_device(matrix.device)), grid, heads)
 
     def keeps_heads(self, size: int) -> bool:
-        """Whether heads are kept apart, before a call's maps of ``size`` bytes are made."""
+        """Return whether heads are kept apart, before a call's maps of ``size`` bytes are made."""
         with self.lock:
             if self.heads_apart and not self.settings.per_head and size > self.limit / 4:
                 self._average_heads()
@@ -193,7 +193,7 @@ class CaptureRun:
             self.note(f"even the smallest maps need more than max_memory_mb ({self.settings.max_memory_mb})")
 
     def _give_up_detail(self) -> bool:
-        """The next loss in the order of harm: a head's own clamp, resolution, heads, single steps, resolution again."""
+        """Return the next loss in the order of harm: a head's own clamp, resolution, heads, single steps, resolution again."""
         limit = f"to stay within {self.settings.max_memory_mb} MB"
         lower = (min(self.longest, self.side or self.longest) + 1) // 2
         if not self.settings.per_head and self.heads_apart:
@@ -228,7 +228,7 @@ class CaptureRun:
     # The end
 
     def recording(self) -> Recording:
-        """What the run leaves, on the CPU, in ordinary tensors."""
+        """Return what the run leaves, on the CPU, in ordinary tensors."""
         tracks = self._filled()
         if self.side is not None:
             self.note(f"maps were lowered to at most {self.side} x {self.side} to stay within {self.settings.max_memory_mb} MB")
@@ -250,7 +250,7 @@ class CaptureRun:
         )
 
     def _filled(self) -> list[Track]:
-        """The tracks that something was added to, the positive prompt's first."""
+        """Return the tracks that something was added to, the positive prompt's first."""
         order = {"positive": 0, "negative": 1}
         filled = (track for track in self.tracks.values() if track.layers or track.self_sums)
         return sorted(filled, key=lambda track: order.get(track.prompt, 2))
@@ -295,7 +295,7 @@ class CaptureRun:
         return total.cpu().clone()
 
     def _resized_bytes(self) -> int:
-        """Size of all layers on their prompt's finest grid."""
+        """Return size of all layers on their prompt's finest grid."""
         size = 0
         for track in self.tracks.values():
             totals = [layer.total for layer in track.layers.values()]

@@ -132,7 +132,7 @@ def size_of(tensor: Tensor) -> int:
 
 
 def _lowered(grid: Grid, side: int | None) -> Grid:
-    """The grid halved until no side is longer than ``side``."""
+    """Return the grid halved until no side is longer than ``side``."""
     frames, height, width = grid
     while side is not None and max(height, width) > side:
         height, width = math.ceil(height / 2), math.ceil(width / 2)
@@ -146,7 +146,7 @@ def pooled(maps: Tensor, side: int | None) -> Tensor:
 
 
 def self_grid(grid: Grid, tokens: int) -> Grid:
-    """The grid on which self-attention is kept: halved until it has at most ``tokens`` tokens."""
+    """Return the grid on which self-attention is kept: halved until it has at most ``tokens`` tokens."""
     frames, height, width = grid
     while frames * height * width > tokens and max(height, width) > 1:
         height, width = math.ceil(height / 2), math.ceil(width / 2)
@@ -154,7 +154,7 @@ def self_grid(grid: Grid, tokens: int) -> Grid:
 
 
 def pooled_mass(rows: Tensor, grid: Grid, lowered: Grid) -> Tensor:
-    """(..., keys) -> (..., fewer keys), with the same sum (where both sides are even, else nearly)."""
+    """Return (..., keys) -> (..., fewer keys), with the same sum (where both sides are even, else nearly)."""
     if grid == lowered:
         return rows
     cells = resize_maps(rows.unflatten(-1, grid), lowered[1:], "area").flatten(-3)
@@ -162,13 +162,13 @@ def pooled_mass(rows: Tensor, grid: Grid, lowered: Grid) -> Tensor:
 
 
 def pooled_queries(matrix: Tensor, grid: Grid, lowered: Grid) -> Tensor:
-    """(batch, queries, keys) -> (batch, fewer queries, keys), their mean."""
+    """Return (batch, queries, keys) -> (batch, fewer queries, keys), their mean."""
     if grid == lowered:
         return matrix
     return resize_maps(matrix.transpose(1, 2).unflatten(-1, grid), lowered[1:], "area").flatten(-3).transpose(1, 2)
 
 
 def pooled_self(matrix: Tensor, grid: Grid, tokens: int) -> tuple[Tensor, Grid]:
-    """(batch, queries, keys) on a grid -> the same on a grid of at most ``tokens`` tokens."""
+    """Return (batch, queries, keys) on a grid -> the same on a grid of at most ``tokens`` tokens."""
     lowered = self_grid(grid, tokens)
     return pooled_queries(pooled_mass(matrix, grid, lowered), grid, lowered), lowered

@@ -123,7 +123,7 @@ def preview(maps: AttnMaps, images: torch.Tensor, request: Request) -> Preview:
 
 
 def pair(maps: AttnMaps, images: torch.Tensor, prompt: str) -> list[Source]:
-    """What was captured of each image.
+    """Return what was captured of each image.
 
     Image b belongs to entry b of the captured batch; the map of a single entry serves any number of images. The frames
     of a video are spread evenly over its latent frames.
@@ -150,7 +150,7 @@ def pair(maps: AttnMaps, images: torch.Tensor, prompt: str) -> list[Source]:
 
 
 def _stack(figures: Sequence[Figure]) -> torch.Tensor:
-    """Figures on sheets of one size, filled up at the right and below."""
+    """Return figures on sheets of one size, filled up at the right and below."""
     height = max(figure.image.shape[0] for figure in figures)
     width = max(figure.image.shape[1] for figure in figures)
     sheets = torch.tensor(BACKGROUND).div(255).expand(len(figures), height, width, 3).clone()
@@ -176,7 +176,7 @@ class _Shown:
         return self.image.shape[0], self.image.shape[1]
 
     def about(self, *facts: str) -> str:
-        """The line under a title."""
+        """Return the line under a title."""
         which = [f"image {self.index + 1} of {self.count}"] if self.count > 1 else []
         return ", ".join([f"{self.source.prompt} prompt", *which, *(fact for fact in facts if fact)])
 
@@ -210,7 +210,7 @@ def _figures(entry: _Shown, at: int, request: Request) -> dict[str, Any]:
 
 
 def heat_figures(heat: torch.Tensor, scale: Scale, threshold: float) -> dict[str, Any]:
-    """Numbers of one heat map.
+    """Return numbers of one heat map.
 
     peak: its highest value and where it is (fractions of width and height, centre of the cell); mean: over all places;
     area: the part of the image at or above the threshold; entropy: 0 where all heat is in one place, 1 where it is the
@@ -231,7 +231,7 @@ def heat_figures(heat: torch.Tensor, scale: Scale, threshold: float) -> dict[str
 
 
 def _settling(source: Source, word: Word) -> dict[str, Any]:
-    """The word's share of all attention, and how it settled step by step (steps count from 1)."""
+    """Return the word's share of all attention, and how it settled step by step (steps count from 1)."""
     if any(source.maps.of(source.prompt, cond).figures is None for cond in word.places):
         return {}
     steps, change, mass = source.convergence(word)
@@ -246,7 +246,7 @@ def _short(value: float) -> float:
 
 
 def _overlays(entry: _Shown, request: Request) -> Iterator[Figure]:
-    """One image for each word."""
+    """Yield one image for each word."""
     figures = entry.count * len(entry.words)
     longest = max(entry.size)
     side = min(longest, round(longest * math.sqrt(_MOST_PIXELS / (figures * math.prod(entry.size)))))
@@ -257,7 +257,7 @@ def _overlays(entry: _Shown, request: Request) -> Iterator[Figure]:
 
 
 def _strips(entry: _Shown, request: Request) -> Iterator[Figure]:
-    """One film strip for each word; all its frames share a colour scale."""
+    """Yield one film strip for each word; all its frames share a colour scale."""
     source = entry.source
     steps = chosen_steps(source.steps(entry.words), _FRAMES)
     rows = [[source.step_heat(word, step) for step in steps] for word in entry.words]
@@ -329,7 +329,7 @@ def _table(
 
 
 def _segments(entry: _Shown, request: Request) -> Iterator[Figure]:
-    """Each place in the colour of the word that looks there most."""
+    """Yield each place in the colour of the word that looks there most."""
     size = fitted(entry.image, max(*entry.size, MIN_SIDE))
     heats = torch.stack([scale.apply(resize_heat(heat, size)) for heat, scale in zip(entry.heats, entry.scales, strict=True)])
     most, labels = heats.max(0)
@@ -341,7 +341,7 @@ def _segments(entry: _Shown, request: Request) -> Iterator[Figure]:
 
 
 def _convergence(entry: _Shown, request: Request) -> Iterator[Figure]:
-    """How each word settles, with the step at which T-GATE would stop looking."""
+    """Yield how each word settles, with the step at which T-GATE would stop looking."""
     changes: list[Series] = []
     masses: list[Series] = []
     maps = entry.source.maps
@@ -356,7 +356,7 @@ def _convergence(entry: _Shown, request: Request) -> Iterator[Figure]:
 
 
 def _gate(maps: AttnMaps, request: Request) -> Marker:
-    """The gate of this run, or where T-GATE would open with its default."""
+    """Return the gate of this run, or where T-GATE would open with its default."""
     opened = maps.meta.get("tgate_gate")
     step = request.default_gate(maps.steps) if opened is None else int(opened)
     return Marker(step + 0.5, "T-GATE gate" if opened is not None else "T-GATE gate (default)")
@@ -374,7 +374,7 @@ _DRAWERS: dict[View, Callable[[_Shown, Request], Iterator[Figure]]] = {
 def _self_attention(
     sources: Sequence[Source], images: torch.Tensor, request: Request
 ) -> tuple[list[Drawn], torch.Tensor, list[dict[str, Any]]]:
-    """Where one place of each image looks."""
+    """Return where one place of each image looks."""
     x, y = request.query
     style = request.style
     heats = [

@@ -26,7 +26,7 @@ class Word:
 
 
 def read_prompt(maps: AttnMaps, prompt: str, clip: Any, text: str) -> list[PromptInfo]:
-    """What is known of the prompt's words, for each entry of its conditioning."""
+    """Return what is known of the prompt's words, for each entry of its conditioning."""
     maps.of(prompt)  # says what to do where this prompt was not recorded
     if not maps.has_text:
         raise ValueError(
@@ -52,12 +52,12 @@ def read_prompt(maps: AttnMaps, prompt: str, clip: Any, text: str) -> list[Promp
 
 
 def _entry(stored: dict[str, Any]) -> dict[str, Any]:
-    """What the encoder left, as it stands in an entry of a conditioning."""
+    """Return what the encoder left, as it stands in an entry of a conditioning."""
     return {METADATA: stored} if stored and METADATA not in stored else stored
 
 
 def choose_words(infos: Sequence[PromptInfo], words: str) -> list[Word]:
-    """The words that were asked for; else the marked subjects; else every word of the prompt."""
+    """Return the words that were asked for; else the marked subjects; else every word of the prompt."""
     wanted = list(dict.fromkeys(item.strip() for item in words.split(",") if item.strip()))
     if wanted:
         return [_gather(item, infos) for item in wanted]
@@ -67,7 +67,7 @@ def choose_words(infos: Sequence[PromptInfo], words: str) -> list[Word]:
 
 
 def every_word(infos: Sequence[PromptInfo]) -> list[Word]:
-    """All words of the prompt, each once; tokens of a word that occurs several times are taken together."""
+    """Return all words of the prompt, each once; tokens of a word that occurs several times are taken together."""
     names = list(dict.fromkeys(name for info in infos for name in info.tokens.words()))
     if not names:
         raise ValueError(
@@ -77,7 +77,7 @@ def every_word(infos: Sequence[PromptInfo]) -> list[Word]:
 
 
 def _gather(name: str, infos: Sequence[PromptInfo]) -> Word:
-    """Every occurrence of a word or phrase, taken together."""
+    """Return every occurrence of a word or phrase, taken together."""
     places: dict[int, list[int]] = {}
     missing: ValueError | None = None
     for cond, info in enumerate(infos):
@@ -93,7 +93,7 @@ def _gather(name: str, infos: Sequence[PromptInfo]) -> Word:
 
 
 def _subjects(infos: Sequence[PromptInfo]) -> list[Word]:
-    """Marked subjects, in order; the second of two equal names is called ``name#2``."""
+    """Return marked subjects, in order; the second of two equal names is called ``name#2``."""
     subjects: dict[str, dict[int, list[int]]] = {}
     for cond, info in enumerate(infos):
         names = [subject.word for subject in info.subjects]
@@ -113,7 +113,7 @@ class Source:
     frame: int | None = None
 
     def step_heat(self, word: Word, step: int) -> torch.Tensor:
-        """The word's heat in one step: (height, width); 0 where no entry of the conditioning was active in it."""
+        """Return the word's heat in one step: (height, width); 0 where no entry of the conditioning was active in it."""
         found = [
             self.maps.heat(self.prompt, self.batch, cond=cond, positions=positions, frame=self.frame, step=step).mean(0)
             for cond, positions in word.places.items()
@@ -122,12 +122,12 @@ class Source:
         return torch.stack(found).mean(0) if found else torch.zeros(self.maps.grid)
 
     def steps(self, words: Sequence[Word]) -> list[int]:
-        """Steps in which any of the words was recorded."""
+        """Return steps in which any of the words was recorded."""
         conds = {cond for word in words for cond in word.places}
         return sorted({step for cond in conds for step in self.maps.recorded_steps(self.prompt, cond)})
 
     def heats(self, words: Sequence[Word]) -> list[torch.Tensor]:
-        """The heat of each word; one request per entry of the conditioning, since resizing layers is what costs."""
+        """Return the heat of each word; one request per entry of the conditioning, since resizing layers is what costs."""
         sums = [torch.zeros(self.maps.grid) for _ in words]
         for cond in sorted({cond for word in words for cond in word.places}):
             here = [index for index, word in enumerate(words) if cond in word.places]
@@ -140,7 +140,7 @@ class Source:
         return [total / len(word.places) for total, word in zip(sums, words, strict=True)]
 
     def layer_heat(self, word: Word, layer: str, head: int | None = None) -> torch.Tensor | None:
-        """The word's heat in one layer on the layer's own grid, in the first entry that has both; None where none has."""
+        """Return the word's heat in one layer on the layer's own grid, in the first entry that has both; None where none has."""
         for cond, positions in word.places.items():
             maps = self.maps.of(self.prompt, cond)
             if layer in maps.layers:
@@ -151,7 +151,7 @@ class Source:
         return None
 
     def convergence(self, word: Word) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-        """Steps, change from step to step and share of attention of a word, in the first entry that has it."""
+        """Return steps, change from step to step and share of attention of a word, in the first entry that has it."""
         cond, positions = next(iter(word.places.items()))
         steps, change, mass = self.maps.convergence([positions], prompt=self.prompt, batch=self.batch, cond=cond)
         return steps, change[0], mass[0]

@@ -45,7 +45,7 @@ class AttentionSite:
     returns_tuple: bool = False
 
     def result(self, output: torch.Tensor) -> Any:
-        """``output`` in the form in which the module returns it."""
+        """Return ``output`` in the form in which the module returns it."""
         return (output,) if self.returns_tuple else output
 
 
@@ -73,7 +73,7 @@ def block_layout(block: torch.nn.Module) -> BlockLayout | None:
 
 
 def attention_sites(network: torch.nn.Module) -> list[AttentionSite]:
-    """Every self- and cross-attention of a network, in module order; empty for joint-attention and unknown networks."""
+    """Return every self- and cross-attention of a network, in module order; empty for joint-attention and unknown networks."""
     sites = []
     for block_name, block in network.named_modules():
         layout = block_layout(block)

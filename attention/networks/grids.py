@@ -15,7 +15,7 @@ Grid = tuple[int, int, int]  # frames, height, width in tokens
 
 
 def token_grid(network: torch.nn.Module, layout: NetworkLayout | None, latent: Sequence[int], tokens: int) -> Grid | None:
-    """The grid of image tokens for a latent (batch, channels, [frames,] height, width).
+    """Return the grid of image tokens for a latent (batch, channels, [frames,] height, width).
 
     Of a network that is convolutional or not in the table: the reduction that gives ``tokens`` tokens, or None.
     """
@@ -33,7 +33,7 @@ def token_grid(network: torch.nn.Module, layout: NetworkLayout | None, latent: S
 
 
 def layer_grid(network: torch.nn.Module, layout: NetworkLayout | None, name: str, latent: Sequence[int]) -> Grid | None:
-    """The grid of image tokens in one named layer, known before it runs; None for networks where it is not."""
+    """Return the grid of image tokens in one named layer, known before it runs; None for networks where it is not."""
     if layout is None:
         return None
     if layout.family == "U-Net":
@@ -44,7 +44,7 @@ def layer_grid(network: torch.nn.Module, layout: NetworkLayout | None, name: str
 
 
 def _unet_sizes(network: torch.nn.Module, height: int, width: int) -> dict[str, tuple[int, int]]:
-    """Height and width in each block of a U-Net; every level halves the one before, rounding up."""
+    """Return the height and width in each block of a U-Net; every level halves the one before, rounding up."""
     sizes: list[tuple[int, int]] = []
     for block in cast(Iterable[torch.nn.Module], network.input_blocks):
         if any(type(module).__name__ == "Downsample" for module in block.modules()):

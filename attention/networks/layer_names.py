@@ -13,7 +13,7 @@ _RANGE = re.compile(r"((?:[a-z]+\.)(?:\d+\.)*)(\d+)-(\d+)")
 
 
 def parse_layers(text: str, names: Sequence[str]) -> list[str]:
-    """The layers that ``text`` chooses among ``names``, in their order; all of them where it is empty."""
+    """Return the layers that ``text`` chooses among ``names``, in their order; all of them where it is empty."""
     wanted = [item.strip().lower() for item in text.replace(";", ",").split(",") if item.strip()]
     if not wanted:
         return list(names)
@@ -38,7 +38,7 @@ def _below(stem: str, names: Sequence[str]) -> list[str]:
 
 
 def list_layers(names: Sequence[str]) -> str:
-    """Names with runs of numbers drawn together: ``input.1-2, input.4-5, middle``."""
+    """Return names with runs of numbers drawn together: ``input.1-2, input.4-5, middle``."""
     parts: list[str] = []
     run: tuple[str, int, int] | None = None
     for name in dict.fromkeys(names):

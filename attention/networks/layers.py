@@ -41,7 +41,7 @@ def check_differentiable(network: torch.nn.Module, technique: str) -> None:
 
 
 def attention_layers(network: torch.nn.Module) -> list[AttentionLayer]:
-    """Every layer that can be recorded, in the network's order; a cross-attention block gives a "self" and a "cross" one."""
+    """Return every layer of a network, in its order; a cross-attention block has a "self" and a "cross" one."""
     layout = network_layout(network)
     if layout is None:
         return _unknown_layers(network)
@@ -64,7 +64,7 @@ def attention_layers(network: torch.nn.Module) -> list[AttentionLayer]:
 
 
 def _block_layers(name: str, block: torch.nn.Module) -> list[AttentionLayer]:
-    """The attention modules of one block. (Of an audio-video block only the video's own, which come first.)"""
+    """Return the attention modules of one block. (Of an audio-video block only the video's own, which come first.)"""
     layout = block_layout(block)
     if layout is None:
         return []
@@ -83,7 +83,7 @@ _UNET_BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d+)(?:\.
 
 
 def _unet_layers(network: torch.nn.Module) -> list[AttentionLayer]:
-    """Spatial transformers; the temporal ones of a video U-Net attend between frames, not in the image."""
+    """Return the spatial transformers; the temporal ones of a video U-Net attend between frames, not in the image."""
     found = [(match, block) for name, block in network.named_modules() if (match := _UNET_BLOCK.fullmatch(name))]
     depths = Counter(_unet_block(match) for match, _ in found)
     layers = []
@@ -108,7 +108,7 @@ def _cascade_layers(network: torch.nn.Module) -> list[AttentionLayer]:
 
 
 def _unknown_layers(network: torch.nn.Module) -> list[AttentionLayer]:
-    """The longest list of blocks of a network that the table does not know, or the network itself."""
+    """Return the longest list of blocks of a network that the table does not know, or the network itself."""
     lists = [(name, child) for name, child in network.named_children() if isinstance(child, torch.nn.ModuleList) and len(child)]
     if not lists:
         return [AttentionLayer("network", "unknown", network)]
@@ -120,7 +120,7 @@ _UNET_CHECKPOINTS = ("ResBlock", "VideoResBlock", "BasicTransformerBlock")
 
 
 def checkpoint_blocks(network: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks of a network that can be computed again from their inputs, none inside another."""
+    """Return the blocks of a network that can be computed again from their inputs, none inside another."""
     layout = network_layout(network)
     if layout is not None and layout.family == "U-Net":
         return [module for module in network.modules() if type(module).__name__ in _UNET_CHECKPOINTS]

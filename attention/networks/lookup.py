@@ -34,6 +34,6 @@ def entry_of(cls: type, table: Mapping[str, Entry | None], attribute: str) -> En
 
 
 def _inherits_methods(cls: type, ancestor: type) -> bool:
-    """Whether every method of ``ancestor`` is what ``cls`` runs, its constructor aside."""
+    """Return whether every method of ``ancestor`` is what ``cls`` runs, its constructor aside."""
     methods = (name for name, _ in inspect.getmembers(ancestor, inspect.isfunction) if not name.startswith("__"))
     return all(getattr(cls, name) is getattr(ancestor, name) for name in methods)

@@ -44,7 +44,7 @@ class CallContext:
 
 
 def joint_placement(context: CallContext, keys: int, queries: int, grid: Grid) -> Placement | None:
-    """In an attention of text and image together; None where the tokens cannot be told apart."""
+    """Return the placement in an attention of text and image together; None where the tokens cannot be told apart."""
     assert context.layout is not None and context.layout.order is not None
     image = math.prod(grid)
     if keys == image:  # SD3.5 medium: a second attention of the image alone
@@ -57,7 +57,7 @@ def joint_placement(context: CallContext, keys: int, queries: int, grid: Grid) -
 
 
 def image_rows(context: CallContext, queries: int, grid: Grid) -> slice:
-    """The image's own tokens among the queries of a network with cross-attention; others may come before and behind them."""
+    """Return the image's own tokens among the queries of a cross-attention network; others may stand around them."""
     layout, image = context.layout, math.prod(grid)
     start = 0
     for name in layout.leading if layout is not None else ():
@@ -69,7 +69,7 @@ def image_rows(context: CallContext, queries: int, grid: Grid) -> slice:
 
 
 def text_placement(layer: AttentionLayer, context: CallContext, keys: int, queries: int) -> Placement | None:
-    """In a call of a layer that the table knows; None where its tokens cannot be told apart."""
+    """Return the placement in a call of a layer that the table knows; None where its tokens cannot be told apart."""
     grid = layer_grid(context.network, context.layout, layer.name, context.latent)
     if grid is None or queries < math.prod(grid):
         return None

@@ -136,8 +136,8 @@ def network_layout(network: torch.nn.Module) -> NetworkLayout | None:
 
 
 def _has_known_blocks(network: torch.nn.Module, layout: NetworkLayout) -> bool:
-    """Whether the blocks are ComfyUI's or the pack's own: a subclass may have put its own in their place."""
-    known = (__package__.partition(".")[0], "comfy")
+    """Return whether the blocks are ComfyUI's or the pack's own: a subclass may have put its own in their place."""
+    known = (__package__.partition(".")[0], "comfy", "torch")  # torch: blocks that are compiled in place
     blocks = (block for attribute, _ in layout.lists for block in blocks_of(network, attribute))
     return all(type(block).__module__.partition(".")[0] in known for block in blocks)
 
@@ -149,7 +149,7 @@ def blocks_of(network: torch.nn.Module, attribute: str) -> Iterable[torch.nn.Mod
 
 
 def unknown_network_message(network: torch.nn.Module) -> str:
-    """Why there are no words for this network."""
+    """Return why there are no words for this network."""
     return (
         f"{type(network).__name__} is not in Fovea's table of networks, so it is not known which tokens of its attention are "
         "words; only self-attention views may work"

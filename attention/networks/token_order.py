@@ -54,18 +54,18 @@ def _span(start: int, length: int) -> slice:
 
 
 def text_first(call: JointCall) -> JointSpans:
-    """Text, image, reference images."""
+    """Place text, image, reference images."""
     return JointSpans(_span(0, call.text), _span(call.text, call.image))
 
 
 def registers_first(call: JointCall) -> JointSpans:
-    """AuraFlow: registers, text, image."""
+    """Place the tokens of AuraFlow: registers, text, image."""
     registers = cast(torch.Tensor, call.network.register_tokens).shape[1]
     return JointSpans(_span(registers, call.text), _span(registers + call.text, call.image))
 
 
 def padded_text_first(call: JointCall) -> JointSpans | None:
-    """Lumina 2 and Z-Image: text and image, each padded to a multiple. (With reference images their texts come first.)"""
+    """Place Lumina 2's and Z-Image's text and image, each padded to a multiple; unknown with reference images."""
     if call.has("ref_latents"):
         return None
     multiple = getattr(call.network, "pad_tokens_multiple", None) or 1
@@ -73,38 +73,38 @@ def padded_text_first(call: JointCall) -> JointSpans | None:
 
 
 def image_last(call: JointCall) -> JointSpans:
-    """OmniGen2: text, reference images, image. MiniMax H3: text, reference images and sound, sound, image."""
+    """Place the tokens of OmniGen2: text, reference images, image. MiniMax H3: text, reference images and sound, sound, image."""
     return JointSpans(_span(0, call.text), _span(call.keys - call.image, call.image))
 
 
 def image_then_text(call: JointCall) -> JointSpans:
-    """Stable Cascade's keys: image, text, pooled text, images. (Its queries are image tokens only.)"""
+    """Place the tokens of Stable Cascade's keys: image, text, pooled text, images. (Its queries are image tokens only.)"""
     return JointSpans(_span(call.image, call.text), _span(0, call.image))
 
 
 def text_last(call: JointCall) -> JointSpans:
-    """ERNIE-Image, Lens, JoyImage: image, reference images, text."""
+    """Place the tokens of ERNIE-Image, Lens, JoyImage: image, reference images, text."""
     return JointSpans(_span(call.keys - call.text, call.text), _span(0, call.image))
 
 
 def cut_text_last(call: JointCall) -> JointSpans:
-    """Mochi: image, and the text without its padding."""
+    """Place the tokens of Mochi: image, and the text without its padding."""
     return JointSpans(_span(call.image, call.keys - call.image), _span(0, call.image))
 
 
 def boogu(call: JointCall) -> JointSpans | None:
-    """Text, image. With reference images a second attention of images only has the same look."""
+    """Place Boogu's text and image. With reference images a second attention, of images only, looks the same."""
     return None if call.has("ref_latents") else image_last(call)
 
 
 def pixeldit(call: JointCall) -> JointSpans:
-    """Text, cut to the length that the network was made for, and image."""
+    """Place PixelDiT's text, cut to the length that the network was made for, and image."""
     text = min(call.text, cast(int, call.network.txt_max_length))
     return JointSpans(_span(0, text), _span(text, call.image))
 
 
 def hidream(call: JointCall) -> JointSpans | None:
-    """Image, T5 text, the last Llama layer's text, and the text of the Llama layer that belongs to the block."""
+    """Place HiDream's image, T5 text, the last Llama layer's text, and that of the block's own Llama layer."""
     llama = call.arguments.get("encoder_hidden_states_llama3")
     if llama is None or call.has("image_cond"):
         return None
@@ -113,7 +113,10 @@ def hidream(call: JointCall) -> JointSpans | None:
 
 
 def hunyuan_video(call: JointCall) -> JointSpans | None:
-    """Text and image; 0.3.75 has the image first. Version 1.5 puts vision and glyph tokens before the text, 2.1 glyphs behind."""
+    """Place the tokens of HunyuanVideo: text and image; 0.3.75 has the image first.
+
+    Version 1.5 puts vision and glyph tokens before the text, 2.1 glyphs behind it.
+    """
     blocks = cast(torch.nn.ModuleList, call.network.double_blocks)
     others_first = getattr(call.network, "cond_type_embedding", None) is not None
     if not getattr(blocks[0], "flipped_img_txt", False):
@@ -128,7 +131,7 @@ def hunyuan_video(call: JointCall) -> JointSpans | None:
 
 
 def cached_text_first(call: JointCall) -> JointSpans:
-    """HiDream-O1: text, image, reference images. Most of the text does not look: it is causal, and kept over the steps."""
+    """Place HiDream-O1's text, image, reference images. Most of the causal text is kept over the steps and does not look."""
     return JointSpans(
         _span(0, call.text), _span(call.text, call.image), rows=_span(call.text - (call.keys - call.queries), call.image)
     )

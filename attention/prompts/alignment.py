@@ -24,7 +24,7 @@ _BYTE_LEVEL_SPACE = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"
 
 
 def piece_reader(tokenizer: Any) -> Callable[[int], Piece]:
-    """Token id -> its bytes, for one of ComfyUI's ``SDTokenizer`` objects."""
+    """Return token id -> its bytes, for one of ComfyUI's ``SDTokenizer`` objects."""
     vocabulary: dict[int, str] = tokenizer.inv_vocab
     marks = {_SENTENCEPIECE_SPACE, _BYTE_LEVEL_SPACE, "[UNK]"}.intersection(vocabulary.values())
     if _SENTENCEPIECE_SPACE in marks:
@@ -60,7 +60,7 @@ def _byte_level(piece: str) -> Piece:
 
 @cache
 def _byte_alphabet() -> dict[str, int]:
-    """The printable stand-ins that byte-level vocabularies (GPT-2's scheme) use for bytes."""
+    """Return the printable stand-ins that byte-level vocabularies (GPT-2's scheme) use for bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(0x100) if byte not in printable]
@@ -68,7 +68,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _comparable(text: str) -> tuple[str, list[int]]:
-    """``text`` without case, width and white space, and the index of the character that each result comes from."""
+    """Return ``text`` without case, width and white space, and the index of the character that each result comes from."""
     chars: list[str] = []
     origin: list[int] = []
     for index, char in enumerate(text):
@@ -80,7 +80,7 @@ def _comparable(text: str) -> tuple[str, list[int]]:
 
 
 def _decode(pieces: Sequence[Piece]) -> tuple[str, list[Span]]:
-    """The pieces' text, and for each character the range of pieces that its bytes come from."""
+    """Return the pieces' text, and for each character the range of pieces that its bytes come from."""
     stream = [(byte, index) for index, piece in enumerate(pieces) if piece for byte in piece]
     chars: list[str] = []
     owners: list[Span] = []
@@ -106,7 +106,7 @@ def comparable_text(pieces: Sequence[Piece]) -> str:
 
 
 def template_around(one: Sequence[Piece], other: Sequence[Piece]) -> tuple[str, str]:
-    """What an encoder writes before and after every prompt, in comparable form, from the tokens of two unlike prompts."""
+    """Return what an encoder writes before and after every prompt, in comparable form, from the tokens of two unlike prompts."""
     texts = [comparable_text(one), comparable_text(other)]
     before = commonprefix(texts)
     after = commonprefix([text[len(before) :][::-1] for text in texts])[::-1]
@@ -114,7 +114,7 @@ def template_around(one: Sequence[Piece], other: Sequence[Piece]) -> tuple[str, 
 
 
 def agreement(pieces: Sequence[Piece], text: str, template: tuple[str, str]) -> float:
-    """How well the pieces spell ``text``: 1 is exactly."""
+    """Return how well the pieces spell ``text``: 1 is exactly."""
     theirs = _without(comparable_text(pieces), template)
     ours = _comparable(text)[0]
     return 1.0 if theirs == ours else SequenceMatcher(None, theirs, ours, autojunk=False).ratio()
@@ -127,7 +127,7 @@ def _without(text: str, template: tuple[str, str]) -> str:
 
 
 def align(pieces: Sequence[Piece], text: str, template: tuple[str, str] = ("", "")) -> list[Span | None]:
-    """The span of ``text`` that each piece covers; None for white space and for the template."""
+    """Return the span of ``text`` that each piece covers; None for white space and for the template."""
     decoded, owners = _decode(pieces)
     theirs, their_origin = _comparable(decoded)
     ours, our_origin = _comparable(text)

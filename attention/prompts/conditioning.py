@@ -25,7 +25,7 @@ class PromptInfo:
 
 
 def metadata(clip: Any, text: str, subjects: Sequence[Span], conditioning_length: int) -> dict[str, Any]:
-    """Plain data for the dict of a conditioning of that many rows, under the key ``METADATA``."""
+    """Return plain data for the dict of a conditioning of that many rows, under the key ``METADATA``."""
     info: dict[str, Any] = {"version": _VERSION, "text": text, "subjects": [list(span) for span in subjects]}
     try:
         tokens = tokenize(clip, text)

@@ -150,7 +150,7 @@ class _StandIn:
 
 
 def _read(output: torch.Tensor, count: int, encoder: Any) -> list[list[int]]:
-    """Numbered rows -> the indices of the raw tokens in each; a row may hold two encoders side by side."""
+    """Return numbered rows -> the indices of the raw tokens in each; a row may hold two encoders side by side."""
     if output.ndim == 4:
         output = output[:, -1]
     values = output[0].float().cpu()

@@ -16,7 +16,7 @@ EMBEDDING = "embedding:"
 
 
 def parse_subjects(text: str) -> tuple[str, list[Span]]:
-    r"""``a [cat] and a [red frog]`` -> ``a cat and a red frog`` and where the subjects are in it.
+    r"""Return ``a [cat] and a [red frog]`` -> ``a cat and a red frog`` and where the subjects are in it.
 
     ``\[`` and ``\]`` are literal brackets. Everything else, weights and ``\(`` included, is left for the tokenizer.
     """
@@ -74,7 +74,7 @@ class Reading:
 
 
 def readings(prompt: str) -> list[Reading]:
-    """How an encoder may read the prompt: with ``(word:1.2)`` as weights, and literally (encoders that know no weights)."""
+    """Return how an encoder may read the prompt: with ``(word:1.2)`` as weights, and literally where it knows no weights."""
     escaped = prompt.replace("\\)", "\0\1").replace("\\(", "\0\2")  # as ComfyUI does, and as long as before
     weighted = _reading(escaped, list(_weighted_segments(escaped, 0, len(escaped))))
     literal = _reading(escaped, [(0, len(escaped))])
@@ -98,7 +98,7 @@ def _reading(escaped: str, spans: list[Span]) -> Reading:
 
 
 def _weighted_segments(text: str, start: int, end: int) -> Iterator[Span]:
-    """The runs of equal weight, without parentheses and numbers: ComfyUI's ``token_weights``, keeping positions."""
+    """Yield the runs of equal weight, without parentheses and numbers: ComfyUI's ``token_weights``, keeping positions."""
     for first, last in _top_level_items(text, start, end):
         if last - first < 2 or text[first] != "(" or text[last - 1] != ")":
             yield first, last
@@ -136,7 +136,7 @@ def _is_number(text: str) -> bool:
 
 
 def embedding_names(reading: Reading) -> list[Span]:
-    """Where ``embedding:name`` is written, in positions of ``reading.chars``."""
+    """Return where ``embedding:name`` is written, in positions of ``reading.chars``."""
     found = []
     for start, end in reading.segments:
         for match in re.finditer(re.escape(EMBEDDING) + r"[^\s<\[]+", reading.chars[start:end]):
@@ -155,7 +155,7 @@ _ZERO_WIDTH_JOINER = "\u200d"
 
 
 def atoms(text: str) -> list[Span]:
-    """The smallest words: letters and digits between anything else, single characters of unspaced scripts, whole emoji."""
+    """Return the smallest words: letters and digits between anything else, single characters of unspaced scripts, whole emoji."""
     spans: list[Span] = []
     at = 0
     while at < len(text):
@@ -217,5 +217,5 @@ def _joins(text: str, word: list[Span], span: Span) -> bool:
 
 
 def key(word: str) -> str:
-    """What words are compared by: case, width and compatibility forms do not matter."""
+    """Return what words are compared by: case, width and compatibility forms do not matter."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word).casefold()).replace("\ufe0f", "")

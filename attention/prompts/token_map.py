@@ -52,7 +52,7 @@ class TokenMap:
     conditioning_length: int  # of them, rows of the conditioning tensor
 
     def find(self, words: str) -> list[WordTokens]:
-        """Every occurrence of a word or phrase; ``cat#2`` is the second one. Case and punctuation do not matter."""
+        """Return every occurrence of a word or phrase; ``cat#2`` is the second one. Case and punctuation do not matter."""
         phrase, number = _split_number(words)
         found = self._occurrences(phrase)
         if not found:
@@ -67,7 +67,7 @@ class TokenMap:
         return [found[number - 1]]
 
     def words(self) -> list[str]:
-        """The words that have tokens, in order, each once."""
+        """Return the words that have tokens, in order, each once."""
         words: dict[str, str] = {}
         for word in joined_words(self.text, self._atoms):
             name = self.text[word[0][0] : word[-1][1]]
@@ -75,7 +75,7 @@ class TokenMap:
         return list(words.values())
 
     def at(self, position: int) -> WordTokens:
-        """The token at one position."""
+        """Return the token at one position."""
         if not 0 <= position < self.length:
             raise ValueError(
                 f"Token position {position} is outside this prompt, which has {self.length} tokens (0 to {self.length - 1}). "
@@ -87,7 +87,7 @@ class TokenMap:
         return WordTokens(token.text, 1, token.start, token.end, (position,))
 
     def within(self, span: Span) -> WordTokens:
-        """The words inside a span of the prompt (a marked subject), taken together."""
+        """Return the words inside a span of the prompt (a marked subject), taken together."""
         start, end = span
         inside = [atom for atom in self._atoms if atom[0] < end and atom[1] > start]
         name = " ".join(self.text[word[0][0] : word[-1][1]] for word in joined_words(self.text, inside))
@@ -104,7 +104,7 @@ class TokenMap:
 
     @cached_property
     def _atoms(self) -> list[Span]:
-        """The smallest words that have tokens: a weight's digits are in the prompt's text but have none."""
+        """Return the smallest words that have tokens: a weight's digits are in the prompt's text but have none."""
         return [span for span in self._all_atoms if self._positions([span])]
 
     @cached_property
@@ -114,7 +114,7 @@ class TokenMap:
 
     @cached_property
     def _touching(self) -> dict[int, list[int]]:
-        """Character -> positions of the tokens that cover it."""
+        """Return character -> positions of the tokens that cover it."""
         touching: dict[int, list[int]] = {}
         for token in self._covering:
             for char in range(token.start, token.end):

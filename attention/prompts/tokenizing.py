@@ -14,7 +14,11 @@ from .token_map import Token, TokenMap
 
 
 def tokenize(clip: Any, text: str) -> TokenMap:
-    """Where the tokens of ``text`` are once ``clip`` has encoded it. Raises ``UnknownEncoder`` where that cannot be told."""
+    """Return where the tokens of ``text`` are once ``clip`` has encoded it.
+
+    Raises:
+        UnknownEncoder: that cannot be told for this encoder.
+    """
     host_tokens = _host_tokens(clip, text)
     rows = context_rows(clip.cond_stage_model, host_tokens)
     raw = raw_tokens(host_tokens)
@@ -116,7 +120,7 @@ def _special_kinds(tokenizer: Any, tokens: list[tuple[int, RawToken]]) -> dict[i
 
 
 def _template(clip: Any, encoder: str, read: Any, tokenizer: Any, pieces: Sequence[Piece], text: str) -> tuple[str, str]:
-    """What the tokenizer writes around every prompt: chat templates of language models."""
+    """Return what the tokenizer writes around every prompt: chat templates of language models."""
     if any(agreement(pieces, reading.chars, ("", "")) == 1.0 for reading in readings(text)):
         return "", ""
     spelt = []
@@ -141,7 +145,7 @@ def _groups(raw: list[RawToken], vectors: list[int]) -> list[list[int]]:
 
 
 def _without_names(reading: Reading, tokenizer: Any, groups: list[list[int]]) -> tuple[str, list[int], list[Span | None]]:
-    """The text that is left beside the embeddings that were found, its origin, and each embedding's name."""
+    """Return the text that is left beside the embeddings that were found, its origin, and each embedding's name."""
     names: list[Span | None] = list(_found_names(reading, tokenizer, len(groups)))
     if len(names) != len(groups):
         names = [None] * len(groups)
@@ -160,5 +164,5 @@ def _found_names(reading: Reading, tokenizer: Any, count: int) -> list[Span]:
 
 
 def _is_embedding(tokenizer: Any, name: str) -> bool:
-    """Whether ComfyUI has this embedding; one it has not is left out of the prompt."""
+    """Return whether ComfyUI has this embedding; one it has not is left out of the prompt."""
     return any(torch.is_tensor(token[0]) for chunk in tokenizer.tokenize_with_weights(name) for token in chunk)

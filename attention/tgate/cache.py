@@ -48,7 +48,7 @@ class AttentionCache:
         return site in self.means if mean else all((site, uuid) in self.conds for uuid in uuids)
 
     def load(self, site: str, uuids: list[UUID], like: torch.Tensor, mean: bool) -> torch.Tensor | None:
-        """The stored output for a batch of conds, or None where something is missing or of another shape."""
+        """Return the stored output for a batch of conds, or None where something is missing or of another shape."""
         parts = [self.means.get(site) if mean else self.conds.get((site, uuid)) for uuid in uuids]
         known = [part for part in parts if part is not None and part.shape[1:-1] == like.shape[1:-1]]
         if len(known) < len(parts) or sum(part.shape[0] for part in known) != like.shape[0]:
@@ -73,7 +73,7 @@ class AttentionCache:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _own(self, chunk: torch.Tensor) -> torch.Tensor:
-        """A copy: a chunk is a view of the module's output, which a later patch may write to."""
+        """Return a copy: a chunk is a view of the module's output, which a later patch may write to."""
         if self.device is None or self.device == chunk.device:
             return chunk.clone()
         return chunk.to(self.device)

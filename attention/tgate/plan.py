@@ -12,7 +12,7 @@ from .settings import TGateSettings
 
 
 def reuses_attention(network: torch.nn.Module, settings: TGateSettings) -> bool:
-    """Whether any attention of this network would be reused: cross-attention, or self-attention in intervals."""
+    """Return whether any attention of this network would be reused: cross-attention, or self-attention in intervals."""
     kinds = {site.kind for site in attention_sites(network)}
     return "cross" in kinds or ("self" in kinds and max(settings.sp_interval, settings.fi_interval) > 1)
 
@@ -33,7 +33,7 @@ class StepPlan:
 
 
 def plan(step: int, gate: int, settings: TGateSettings) -> StepPlan:
-    """What one step does (the published ``tgate_scheduler``), for a gate that opens at step ``gate``.
+    """Return what one step does (the published ``tgate_scheduler``), for a gate that opens at step ``gate``.
 
     With intervals of 1 self-attention is never reused, and therefore not stored either.
     """

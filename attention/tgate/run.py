@@ -50,7 +50,7 @@ class TGateRun:
         self._sites: dict[int, list[AttentionSite]] = {}
 
     def sites(self, model: Any) -> list[AttentionSite]:
-        """The attention modules of a BaseModel that this run may skip; looked up once a run."""
+        """Return the attention modules of a BaseModel that this run may skip; looked up once a run."""
         network = host.diffusion_model(model)
         if id(network) not in self._sites:
             self._sites[id(network)] = [] if host.is_compiled(model) else attention_sites(network)

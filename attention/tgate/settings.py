@@ -89,13 +89,13 @@ class TGateSettings:
 
     @property
     def averages_self_attention(self) -> bool:
-        """Whether intervals before the gate keep one mean for both prompts, where there is one of each."""
+        """Return whether intervals before the gate keep one mean for both prompts, where there is one of each."""
         return self.cfg_after_gate is CfgAfterGate.DROP_KEEP_POSITIVE and not self.keeps_guidance
 
     def refreshes(self, steps_since_gate: int) -> bool:
-        """Whether a step at or after the gate is computed in full again."""
+        """Return whether a step at or after the gate is computed in full again."""
         return self.refresh_every > 0 and (steps_since_gate + 1) % self.refresh_every == 0
 
     def gate_step(self, steps: int) -> int:
-        """The first step that reuses cross-attention; at least 1, since one step has to fill the cache."""
+        """Return the first step that reuses cross-attention; at least 1, since one step has to fill the cache."""
         return max(round(self.gate_at * steps), 1)

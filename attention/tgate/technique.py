@@ -138,7 +138,7 @@ class TGate:
 
     @staticmethod
     def _both_prompts(run: TGateRun, only: torch.Tensor, kept: int) -> list[torch.Tensor]:
-        """Predictions of both prompts from that of one.
+        """Return predictions of both prompts from that of one.
 
         Without kept guidance they are equal: guidance between them is then the identity, for any scale and for every node
         that works on both.
@@ -224,7 +224,7 @@ class TGate:
     def _actions(
         self, run: TGateRun, call: MainCall, options: TransformerOptions, sites: list[AttentionSite], uuids: list[UUID]
     ) -> dict[Kind, Action]:
-        """The plan, corrected for what this model call cannot do."""
+        """Return the plan, corrected for what this model call cannot do."""
         actions: dict[Kind, Action] = {"self": call.plan.self_attention, "cross": call.plan.cross_attention}
         if actions["self"] is not Action.COMPUTE and host.has_patches(options, "attn1"):
             run.note("another node changes self-attention, so it is always computed")
@@ -255,7 +255,7 @@ def _why_no_text_cache(model: Any, sites: list[AttentionSite], settings: TGateSe
 
 
 def _only_pair(conds: list[Any]) -> tuple[UUID, UUID] | None:
-    """The uuids of the positive and the negative cond where there is exactly one of each."""
+    """Return the uuids of the positive and the negative cond where there is exactly one of each."""
     if len(conds[POSITIVE]) == 1 and len(conds[NEGATIVE]) == 1:
         return conds[POSITIVE][0]["uuid"], conds[NEGATIVE][0]["uuid"]
     return None
@@ -264,7 +264,7 @@ def _only_pair(conds: list[Any]) -> tuple[UUID, UUID] | None:
 def _reuse(
     site: AttentionSite, run: TGateRun, call: MainCall, uuids: list[UUID], options: TransformerOptions
 ) -> Callable[..., Any]:
-    """A forward that returns the stored output instead of calling the attention module."""
+    """Return a forward that returns the stored output instead of calling the attention module."""
     compute = site.module.forward
     mean = call.pair is not None and site.name in run.cache.means
     writable = host.has_output_patches(options)
@@ -282,7 +282,7 @@ def _reuse(
 def _store(
     site: AttentionSite, run: TGateRun, call: MainCall, uuids: list[UUID], options: TransformerOptions, batch: int
 ) -> Callable[..., None]:
-    """A hook that keeps what the module's last layer returns; it also fires where another pack replaced the attention."""
+    """Return a hook that keeps what the module's last layer returns; it also fires where another pack replaced the attention."""
     opening, planning = (call.plan.cross_attention is action for action in (Action.STORE, Action.COMPUTE))
     mean = call.pair is not None and (opening or planning and run.settings.averages_self_attention)
     shares = [_share_of(uuid, call.pair, run.settings) if opening else 0.5 for uuid in uuids] if call.pair is not None else []

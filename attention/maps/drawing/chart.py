@@ -126,7 +126,7 @@ def _draw_series(canvas: Canvas, points: Sequence[tuple[float, float]], color: C
 
 
 def _legend(names: Sequence[tuple[str, Color]], width: float, unit: float) -> tuple[list[tuple[float, float]], float]:
-    """Where the first names go, and the height of all lines."""
+    """Return where the first names go, and the height of all lines."""
     x, y = 14 * unit, 0.0
     places: list[tuple[float, float]] = []
     for name, _ in names[:_MOST_NAMES]:

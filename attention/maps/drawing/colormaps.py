@@ -64,7 +64,7 @@ def colorize(heat: torch.Tensor, colormap: Colormap) -> torch.Tensor:
 
 
 def word_color(index: int) -> tuple[float, float, float]:
-    """The colour of the word at ``index``; beyond the table, hues a golden angle apart."""
+    """Return the colour of the word at ``index``; beyond the table, hues a golden angle apart."""
     table = _WORDS.split()
     if index < len(table):
         return hex_color(table[index])

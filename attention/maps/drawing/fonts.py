@@ -43,7 +43,7 @@ def _system(name: str, size: int) -> Font | None:
 
 @cache
 def _draws(font: Font, char: str) -> bool:
-    """Whether the font has the character, told by its image: a missing one looks like a code that no font has."""
+    """Return whether the font has the character, told by its image: a missing one looks like a code that no font has."""
     return bytes(font.getmask(char)) != bytes(font.getmask("\uffff"))
 
 
@@ -53,7 +53,7 @@ def _coverage(font: Font, text: str) -> int:
 
 @cache
 def font_for(text: str, size: int) -> Font:
-    """The bundled font where it can write the text, else the font of the system that can write most of it."""
+    """Return the bundled font where it can write the text, else the font of the system that can write most of it."""
     bundled = _bundled(size)
     if text.isascii():
         return bundled
@@ -66,7 +66,7 @@ def font_for(text: str, size: int) -> Font:
 
 
 def fit(text: str, font: Font, room: float) -> str:
-    """``text``, or as much of its beginning as fits into ``room`` pixels."""
+    """Return ``text``, or as much of its beginning as fits into ``room`` pixels."""
     if font.getlength(text) <= room:
         return text
     shorter = text

@@ -79,7 +79,7 @@ SHARE = Scale(0.0, 1.0)
 
 
 def scales(maps: Sequence[torch.Tensor], normalize: Normalize) -> list[Scale]:
-    """The scale of each map: its own, one for all of them, or the plain share of attention."""
+    """Return the scale of each map: its own, one for all of them, or the plain share of attention."""
     if normalize is Normalize.NONE:
         return [SHARE] * len(maps)
     own = [Scale.around(heat) for heat in maps]
@@ -176,7 +176,7 @@ def resize_heat(heat: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def resize_image(pixels: torch.Tensor, size: tuple[int, int], *, blocky: bool = False) -> torch.Tensor:
-    """An image at (height, width); ``blocky`` keeps the edges of its pixels."""
+    """Return an image at (height, width); ``blocky`` keeps the edges of its pixels."""
     if tuple(pixels.shape[:2]) == size:
         return pixels
     method = Image.Resampling.NEAREST if blocky else Image.Resampling.LANCZOS
@@ -184,7 +184,7 @@ def resize_image(pixels: torch.Tensor, size: tuple[int, int], *, blocky: bool = 
 
 
 def fitted(pixels: torch.Tensor, side: int) -> tuple[int, int]:
-    """(height, width) of the image with ``side`` as its longer side."""
+    """Return (height, width) of the image with ``side`` as its longer side."""
     height, width = pixels.shape[:2]
     longest = max(height, width)
     return max(round(height * side / longest), 1), max(round(width * side / longest), 1)
@@ -214,7 +214,7 @@ def draw_edges(pixels: torch.Tensor, region: torch.Tensor, thickness: int) -> to
 
 
 def draw_point(pixels: torch.Tensor, x: float, y: float) -> torch.Tensor:
-    """A ring with a cross at a place given as fractions of width and height."""
+    """Return a ring with a cross at a place given as fractions of width and height."""
     height, width = pixels.shape[:2]
     image = to_pillow(pixels)
     pen = ImageDraw.Draw(image)
@@ -230,7 +230,7 @@ def draw_point(pixels: torch.Tensor, x: float, y: float) -> torch.Tensor:
 
 
 def captioned(pixels: torch.Tensor, title: str, subtitle: str, scale: Scale, style: Style) -> Figure:
-    """An image with a caption under it: what it shows on the left, the colour bar with its numbers on the right."""
+    """Return an image with a caption under it: what it shows on the left, the colour bar with its numbers on the right."""
     size = fitted(pixels, max(*pixels.shape[:2], MIN_SIDE))
     width = max(size[1], MIN_SIDE)
     unit = width / MIN_SIDE
@@ -246,7 +246,7 @@ def captioned(pixels: torch.Tensor, title: str, subtitle: str, scale: Scale, sty
 
 
 def strip(cells: Sequence[Cell], title: str, subtitle: str, scale: Scale, style: Style, *, width: int = 1024) -> Figure:
-    """Frames in reading order, each with two notes under it, below a title and one colour bar for all of them."""
+    """Return frames in reading order, each with two notes under it, below a title and one colour bar for all of them."""
     unit = width / 640
     margin, gap = round(14 * unit), round(8 * unit)
     columns = strip_columns(len(cells), cells[0].pixels.shape[1] / cells[0].pixels.shape[0])
@@ -272,13 +272,13 @@ def strip(cells: Sequence[Cell], title: str, subtitle: str, scale: Scale, style:
 
 
 def strip_columns(count: int, aspect: float) -> int:
-    """How many frames go side by side: at most four, and one row more rather than a nearly empty last row."""
+    """Return how many frames go side by side: at most four, and one row more rather than a nearly empty last row."""
     most = min(count, 3 if aspect > 1.6 else 4)
     return math.ceil(count / math.ceil(count / most))
 
 
 def _inside(pixels: torch.Tensor, width: int, height: int) -> tuple[int, int]:
-    """(height, width) of the image fitted into a box."""
+    """Return (height, width) of the image fitted into a box."""
     factor = min(width / pixels.shape[1], height / pixels.shape[0])
     return max(round(pixels.shape[0] * factor), 1), max(round(pixels.shape[1] * factor), 1)
 
@@ -286,7 +286,7 @@ def _inside(pixels: torch.Tensor, width: int, height: int) -> tuple[int, int]:
 def grid(
     cells: Sequence[Sequence[Cell]], row_names: Sequence[str], column_names: Sequence[str], title: str, subtitle: str
 ) -> Figure:
-    """A table of heat maps, drawn with the edges of their own pixels: rows and columns are named, numbers stand in the cells.
+    """Return a table of heat maps with the edges of their own pixels: rows and columns are named, numbers stand in the cells.
 
     ``Cell.image`` is a coloured map; all cells get the shape of the first one.
     """
@@ -322,7 +322,7 @@ def _corner(canvas: Canvas, text: str, x: int, y: int) -> None:
 def segments(
     pixels: torch.Tensor, labels: torch.Tensor, words: Sequence[str], notes: Sequence[str], style: Style, title: str
 ) -> Figure:
-    """Each place in the colour of its word, and a legend.
+    """Return each place in the colour of its word, and a legend.
 
     ``labels`` is (height, width) of the image: the index of a word, or -1 where no word looks. ``notes`` stand behind
     the words in the legend.
@@ -358,7 +358,7 @@ def segments(
 
 
 def _legend_places(words: Sequence[str], notes: Sequence[str], width: int, unit: float) -> tuple[list[tuple[int, int]], int]:
-    """Where the entries of a legend go, line by line, and how high all of it is."""
+    """Return where the entries of a legend go, line by line, and how high all of it is."""
     margin, line = 14 * unit, 28 * unit
     x, y = margin, 0.0
     places = []
