@@ -23,7 +23,7 @@ from host_server import PACK_FOLDER, HostServer
 from pathspec import PathSpec
 
 ROOT = host_inprocess.ROOT
-SNAPSHOT = Path(__file__).with_name("node_schemas.json")
+SNAPSHOT = Path(__file__).resolve().parents[1] / "node_schemas.json"
 UPDATE = "FOVEA_UPDATE_SNAPSHOTS"
 LANGUAGES = ("en", "zh")
 NAMES = {"DiTClassLabel.label", "DiTLoader.model_name"}  # options that are names, and stay as they are in every language

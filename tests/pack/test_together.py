@@ -24,7 +24,7 @@ from test_distill import distill, features, fresh_cache, node
 STEPS, GATE = 5, 3
 FEW = 2  # enough for a guided step, the gate, and a step from the cache
 TORCH = str(Path(torch.__file__).parent)
-OURS = str(Path(__file__).resolve().parent.parent / "attention")
+OURS = str(Path(__file__).resolve().parents[2] / "attention")
 INTERRUPT = comfy.model_management.InterruptProcessingException
 BRIEF = {"iterations": 1, "learning_rate": 0.02}
 EXCITE = {"subjects": "2, 5", "guide_until": 0.4, "thresholds": "0:0.05", "max_refinements": 2}

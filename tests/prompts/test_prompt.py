@@ -20,7 +20,7 @@ import torch
 
 TEXT = "a [cat] and a (shiny [red frog]:1.2)"
 PLAIN = "a cat and a (shiny red frog:1.2)"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
