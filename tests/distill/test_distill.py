@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import comfy.samplers
 import pytest
 import torch
 from distill_reference import Official, diffusion_time, flow_time
+from distill_runs import (  # noqa: F401 (fixtures)
+    CFG,
+    LR,
+    NEGATIVE,
+    NULL,
+    POSITIVE,
+    SIZE,
+    TYPES,
+    Noise,
+    distill,
+    features,
+    fresh_cache,
+    guider_of,
+    models,
+    node,
+    plain,
+    random_latent,
+    run,
+    sigmas_of,
+)
 from families import FAMILIES
 
-SIZE = (16, 16)
-CFG = 7.5
-LAYERS = "output.2-3"
 OF_OFFICIAL = (5, 7)  # the same two of the seven self-attentions, counted as the authors do
-LR = 0.02
 
 # Adam moves every element by the learning rate, so where a gradient is zero but for rounding its sign is chance: a few elements
 # in a thousand go the other way, and the steps that follow enlarge that. Any other mistake moves all of them.
@@ -23,107 +38,6 @@ FIRST_LOSS_TOLERANCE = 1e-5
 LOSS_TOLERANCE = 1e-3
 PATH_TOLERANCE = 1e-2
 SAME = 1e-3  # the same code in other batches
-
-
-class Noise:
-    """RandomNoise, as the core node makes it."""
-
-    def __init__(self, seed: int = 5) -> None:
-        self.seed = seed
-
-    def generate_noise(self, latent):
-        return torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(self.seed))
-
-
-@pytest.fixture(scope="module")
-def distill(pack):
-    import fovea_attention.attention.distill.run as distill
-
-    return distill
-
-
-@pytest.fixture(scope="module")
-def features(pack):
-    import fovea_attention.attention.distill.references as features
-
-    return features
-
-
-@pytest.fixture(autouse=True)
-def fresh_cache(features):
-    features.CACHE.clear()
-    yield
-    features.CACHE.clear()
-
-
-@pytest.fixture(scope="module")
-def node(node_classes):
-    return node_classes["AttentionDistillSampler"].execute
-
-
-TYPES = {"eps": "EPS", "v": "V_PREDICTION", "flow": "FLOW"}
-
-
-@pytest.fixture(scope="module")
-def models():
-    """One model of each prediction type, made under inference mode as ComfyUI's executor does."""
-    with torch.inference_mode():
-        return {name: replace(FAMILIES["sd15"], model_type=kind).build() for name, kind in TYPES.items()}
-
-
-FAMILY = FAMILIES["sd15"]
-POSITIVE, NEGATIVE, NULL = (FAMILY.conds(seed) for seed in (1, 2, 7))
-
-
-def random_latent(seed: int, batch: int = 1, size=SIZE) -> torch.Tensor:
-    """A clean latent as it comes from a VAE."""
-    return torch.randn(batch, 4, *size, generator=torch.Generator().manual_seed(seed)) * 5
-
-
-def sigmas_of(model, steps: int = 2) -> torch.Tensor:
-    model_sampling = model.get_model_object("model_sampling")
-    if hasattr(model_sampling, "shift"):
-        return torch.linspace(1, 0, steps + 1)
-    times = torch.linspace(len(model_sampling.sigmas) - 1, 0, steps + 1).round().long()[:-1]
-    return torch.cat([model_sampling.sigmas[times].cpu(), torch.zeros(1)])
-
-
-def guider_of(model, cfg: float = CFG, positive=POSITIVE, negative=NEGATIVE):
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, negative)
-    guider.set_cfg(cfg)
-    return guider
-
-
-def run(node, model, *, steps=2, latent=None, reference=None, sampler="euler", noise=None, guider=None, **settings):
-    """The node's latent (in the model's units) and its report."""
-    settings = {"layers": LAYERS, "iterations": 2, "learning_rate": LR, **settings}
-    sampler = comfy.samplers.sampler_object(sampler) if isinstance(sampler, str) else sampler
-    null_prompt = settings.pop("null_prompt", NULL)
-    with torch.inference_mode():
-        output, denoised, report = node(
-            noise or Noise(),
-            guider or guider_of(model),
-            sampler,
-            sigmas_of(model, steps),
-            latent if isinstance(latent, dict) else {"samples": torch.zeros(1, 4, *SIZE) if latent is None else latent},
-            {"samples": random_latent(11) if reference is None else reference},
-            null_prompt,
-            **settings,
-        ).args
-    return model.model.process_latent_in(output["samples"]), json.loads(report)
-
-
-def plain(model, *, steps=2, latent=None, sampler="euler", noise=None, guider=None, mask=None) -> torch.Tensor:
-    """The same run without the node, in the model's units."""
-    latent = torch.zeros(1, 4, *SIZE) if latent is None else latent
-    samples = (noise or Noise()).generate_noise({"samples": latent})
-    with torch.inference_mode():
-        last = (guider or guider_of(model)).sample(
-            samples, latent, comfy.samplers.sampler_object(sampler), sigmas_of(model, steps), denoise_mask=mask,
-            disable_pbar=True, seed=5,
-        )  # fmt: skip
-    return model.model.process_latent_in(last)
 
 
 def losses_of(report) -> torch.Tensor:

@@ -11,14 +11,14 @@ import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
+from distill_runs import FAMILY, NEGATIVE, NULL, POSITIVE, SIZE, Noise, guider_of, plain, random_latent, run, sigmas_of
 from families import FAMILIES
-from test_distill import FAMILY, NEGATIVE, NULL, POSITIVE, SIZE, Noise, guider_of, plain, random_latent, run, sigmas_of
 from tiny_unet import UNET_CONFIG, randomise, small_model
 
 import nodes
 
 __all__ = ["distill", "features", "fresh_cache", "node"]
-from test_distill import distill, features, fresh_cache, node
+from distill_runs import distill, features, fresh_cache, node
 
 BRIEF = {"iterations": 1, "learning_rate": 0.02}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import comfy.samplers
 import pytest
 import torch
+from distill_runs import FAMILY, NEGATIVE, POSITIVE, Noise, distill, features, fresh_cache, guider_of, plain, random_latent, run
 from families import FAMILIES
-from test_distill import FAMILY, NEGATIVE, POSITIVE, Noise, distill, features, fresh_cache, guider_of, plain, random_latent, run
 
 import nodes
 

@@ -12,7 +12,7 @@ import pytest
 from comfy_cli.link_integrity import broken_link_findings
 from host_server import HostServer
 from PIL import Image
-from test_workflows import load, widget_names
+from widgets import widget_names
 
 from workflows import workflow_files
 
@@ -28,7 +28,7 @@ def test_there_are_blueprints() -> None:
 
 def parts(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The node that stands for a blueprint, and what is in it."""
-    blueprint = load(path)
+    blueprint = workflow_files.load(path)
     (root,), (inside,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
     assert root["type"] == inside["id"]
     return root, inside
@@ -45,7 +45,7 @@ def widgets(node: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]
 @each_blueprint
 def test_its_links_are_whole(path: Path) -> None:
     root, inside = parts(path)
-    assert broken_link_findings(load(path)) == ([], [])
+    assert broken_link_findings(workflow_files.load(path)) == ([], [])
     nodes = {node["id"]: node for node in inside["nodes"]}
     for at, link in enumerate(inside["links"], 1):
         assert link["id"] == at
@@ -150,7 +150,7 @@ def test_the_host_offers_it(path: Path, server: HostServer) -> None:
     offered = {entry["name"]: (key, entry) for key, entry in server.get("/global_subgraphs").items()}
     key, entry = offered[path.stem]
     assert entry["info"]["node_pack"] == "custom_nodes.fovea-attention"
-    assert json.loads(server.get(f"/global_subgraphs/{key}")["data"]) == load(path)
+    assert json.loads(server.get(f"/global_subgraphs/{key}")["data"]) == workflow_files.load(path)
 
 
 @pytest.mark.newest

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
-from test_attn_files import files, maps
+from saved_maps import files, maps
 from tiny_dit import bare, tiny
 from tiny_unet import sample, small_model
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import comfy.model_management
 import pytest
 import torch
-from test_distill import FAMILY, NEGATIVE, POSITIVE, guider_of, plain, run
-from test_tgate_leaves_nothing import snapshot
+from distill_runs import FAMILY, NEGATIVE, POSITIVE, guider_of, plain, run
+from leftovers import snapshot
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["distill", "features", "fresh_cache", "node"]
-from test_distill import distill, features, fresh_cache, node
+from distill_runs import distill, features, fresh_cache, node
 
 STEPS, GATE = 5, 3
 FEW = 2  # enough for a guided step, the gate, and a step from the cache

@@ -22,12 +22,12 @@ from comfy_cli.link_integrity import broken_link_findings
 from comfy_lint.linter import lint_workflow
 from host_server import HostServer
 from PIL import Image
+from widgets import WIDGET_TYPES, widget_names
 
 from workflows import thumbnails, workflow_files
 
 WORKFLOWS = workflow_files.shipped()
 NOTES = {"Note", "MarkdownNote"}
-WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 TITLE_BAR = 30
 
 each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -145,21 +145,6 @@ def test_its_links_are_whole(path: Path) -> None:
     used = {link[0] for link in workflow["links"]}
     assert used == {link for node in workflow["nodes"] for output in node["outputs"] for link in output["links"] or ()}
     assert used == {i["link"] for node in workflow["nodes"] for i in node["inputs"] if i["link"] is not None}
-
-
-def widget_names(info: dict[str, Any]) -> list[str]:
-    """What the browser saves a value for, in its order: the widgets, and behind some of them what they are shown with."""
-    names = []
-    for section in ("required", "optional"):
-        for name, (kind, *options) in info["input"].get(section, {}).items():
-            settings = options[0] if options else {}
-            if (isinstance(kind, list) or kind in WIDGET_TYPES) and not settings.get("forceInput"):
-                names.append(name)
-                if kind == "INT" and (settings.get("control_after_generate") or name in ("seed", "noise_seed")):
-                    names.append("control_after_generate")
-                elif settings.get("image_upload"):
-                    names.append("upload")
-    return names
 
 
 @each_workflow

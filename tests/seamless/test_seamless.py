@@ -5,10 +5,10 @@ from __future__ import annotations
 import comfy.model_management
 import pytest
 import torch
+from distill_runs import FAMILY, Noise, distill, features, fresh_cache, plain, run
 from families import FAMILIES
 from host_inprocess import host_node
 from scenes import evaluate
-from test_distill import FAMILY, Noise, distill, features, fresh_cache, plain, run
 from tiny_unet import sample
 
 __all__ = ["distill", "features", "fresh_cache"]
