@@ -142,8 +142,8 @@ def summary(findings: Sequence[Sequence[detect.Finding]]) -> dict[str, dict[str,
     """Return the shares over images and over objects."""
     objects = [finding for image in findings for finding in image]
     return {
-        "pictures with every object right": share([all(f.right for f in image) for image in findings]),
-        "pictures with every colour present": share([all(f.present for f in image) for image in findings]),
+        "images with every object right": share([all(f.right for f in image) for image in findings]),
+        "images with every colour present": share([all(f.present for f in image) for image in findings]),
         "objects right": share([f.right for f in objects]),
         "objects with their colour present": share([f.present for f in objects]),
     }

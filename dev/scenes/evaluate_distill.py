@@ -1,6 +1,6 @@
 """Measure whether Attention Distillation brings a reference's style into an image, and keeps the content of one.
 
-    python dev eval distill [--pictures N] [--parts style transfer] [--steps N] [--transfer-steps N] [--cfg X] [--seed N]
+    python dev eval distill [--images N] [--parts style transfer] [--steps N] [--transfer-steps N] [--cfg X] [--seed N]
                             [--only ROW ...] [--checkpoint FILE] [--sheet FILE] [--json FILE]
 
 References are drawn, not sampled: patterned grounds, and the styles the model knows. They reach the node through VAEEncode.
@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python dev eval distill", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=evaluate.CHECKPOINT)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--pictures", type=int, default=24, help=f"of each row; every {PER_REFERENCE} share a reference")
+    parser.add_argument("--images", type=int, default=24, help=f"of each row; every {PER_REFERENCE} share a reference")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--transfer-steps", type=int, default=100)
     parser.add_argument("--cfg", type=float, default=5.0)
@@ -350,15 +350,15 @@ def main(argv: list[str] | None = None) -> None:
     comfy.utils.set_progress_bar_enabled(False)
     sampling = {"steps": args.steps, "transfer_steps": args.transfer_steps, "cfg": args.cfg, "seed": args.seed}
     setup = Setup(*evaluate.load(args.checkpoint.resolve()), **sampling)
-    print(f"{args.pictures} images a row, {', '.join(f'{name} {value:g}' for name, value in sampling.items())}")
+    print(f"{args.images} images a row, {', '.join(f'{name} {value:g}' for name, value in sampling.items())}")
     report: dict[str, Any] = {**sampling, "layers": setup.layers()}
     for part in args.parts:
         print(f"{part}: distance to the reference (95 % interval)")
         rows = [row for row in ROWS[part] if not args.only or row in args.only]
-        report[part], images = PARTS[part](setup, args.pictures, rows)
+        report[part], images = PARTS[part](setup, args.images, rows)
         if args.sheet:
             path = args.sheet.with_name(f"{args.sheet.stem}-{part}{args.sheet.suffix}")
-            evaluate.sheet(images, path, columns=len(images) // args.pictures, side=96)
+            evaluate.sheet(images, path, columns=len(images) // args.images, side=96)
     if args.json:
         evaluate.write_json(args.json, report)
 

@@ -1,6 +1,6 @@
 """Measure whether the trained DiT draws the classes it is told, through the pack's loader, label and sampler nodes.
 
-    python dev eval dit [--pictures N] [--steps N] [--cfg X] [--seed N] [--only ROW ...] [--sheet FILE] [--json FILE]
+    python dev eval dit [--images N] [--steps N] [--cfg X] [--seed N] [--only ROW ...] [--sheet FILE] [--json FILE]
 
 The classes are those that ``detect`` can judge: plain ones and patterned ones, in turn. Rows: ComfyUI's euler, the paper's
 ddpm with the learned variance, T-GATE's self-attention intervals, and fewer steps at T-GATE's cost.
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run ``python dev eval dit``."""
     parser = argparse.ArgumentParser(prog="python dev eval dit", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--pictures", type=int, default=168)
+    parser.add_argument("--images", type=int, default=168)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -100,9 +100,9 @@ def main(argv: list[str] | None = None) -> None:
 
     comfy.utils.set_progress_bar_enabled(False)
     model, vae = load(args.checkpoint.resolve()), evaluate.load()[2]
-    labels = judged_classes(args.pictures)
+    labels = judged_classes(args.images)
     sampling = {"steps": args.steps, "cfg": args.cfg, "seed": args.seed}
-    print(f"{args.pictures} images, {args.steps} steps, cfg {args.cfg:g}, seed {args.seed}")
+    print(f"{args.images} images, {args.steps} steps, cfg {args.cfg:g}, seed {args.seed}")
     report: dict[str, Any] = {}
     plain: Tensor | None = None
     for name, (patched, changed) in rows(model, args.steps).items():

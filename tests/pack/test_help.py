@@ -266,7 +266,7 @@ def test_a_translation_is_that_of_the_whole_page(node: str) -> None:
 def own_messages() -> list[str]:
     """Every text in the pack's sources; what a run fills in is a null character."""
     texts = []
-    for path in [*ROOT.glob("attention/*.py"), *ROOT.glob("nodes/*.py")]:
+    for path in [*ROOT.glob("attention/**/*.py"), *ROOT.glob("nodes/*.py")]:
         for found in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(found, ast.JoinedStr):
                 texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in found.values))
