@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run ``python dev eval dit``."""
     parser = argparse.ArgumentParser(prog="python dev eval dit", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--images", type=int, default=168)
+    parser.add_argument("--images", "--pictures", type=int, default=168)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
