@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python dev eval distill", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=evaluate.CHECKPOINT)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--images", "--pictures", type=int, default=24, help=f"of each row; every {PER_REFERENCE} share a reference")
+    parser.add_argument("--images", "--pictures", type=int, default=24, help=f"a row; every {PER_REFERENCE} share a reference")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--transfer-steps", type=int, default=100)
     parser.add_argument("--cfg", type=float, default=5.0)
