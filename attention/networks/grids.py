@@ -59,9 +59,6 @@ def _patched(frames: Sequence[int], height: int, width: int, patch: Sequence[int
     return math.ceil(length / patch[0]), math.ceil(height / patch[1]), math.ceil(width / patch[2])
 
 
-Grid = tuple[int, int, int]  # frames, height, width
-
-
 def resize_maps(maps: torch.Tensor, size: Sequence[int], mode: str = "bicubic", *, antialias: bool = False) -> torch.Tensor:
     """Return maps (..., height, width) at (..., *size), in their own dtype.
 
@@ -71,7 +68,9 @@ def resize_maps(maps: torch.Tensor, size: Sequence[int], mode: str = "bicubic", 
     """
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
+    height, width = size
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
-    flat = interpolate(flat if flat.dtype == torch.float64 else flat.float(), size=tuple(size), mode=mode, antialias=antialias)
+    flat = flat if flat.dtype == torch.float64 else flat.float()
+    flat = interpolate(flat, size=(height, width), mode=mode, antialias=antialias)
     flat = flat.clamp_(min=0) if mode == "bicubic" else flat
-    return flat.to(maps.dtype).view(*maps.shape[:-2], *size)
+    return flat.to(maps.dtype).view(*maps.shape[:-2], height, width)
