@@ -49,7 +49,7 @@ class FoveaPrompt(io.ComfyNode):
             )
         plain, subjects = tokens.parse_subjects(text)
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(plain))
-        known = tokens.metadata(clip, plain, subjects, conditioning[0][0].shape[1])
+        known = tokens.metadata(clip, plain, subjects, conditioning[0][0].shape[1], conditioning[0][0])
         if "error" in known:
             log.warning("Prompt with Subjects: %s", known["error"])
         return io.NodeOutput([[encoded, {**options, tokens.METADATA: known}] for encoded, options in conditioning])

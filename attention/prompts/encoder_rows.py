@@ -21,7 +21,7 @@ HostTokens = dict[str, list[list[tuple[Any, ...]]]]
 
 # Outputs that models join to the conditioning, after its rows, and how often: HunyuanDiT's mT5, HiDream's Llama (the last
 # layer for all blocks, then each block's own).
-_JOINED = {"conditioning_mt5xl": 1, "conditioning_llama3": 2}
+JOINED_OUTPUTS = {"conditioning_mt5xl": 1, "conditioning_llama3": 2}
 
 # Anima's adapter answers with one row per T5 token, filled up to this length.
 _ADAPTED_IDS, _ADAPTED_LENGTH = "t5xxl_ids", 512
@@ -67,7 +67,7 @@ def context_rows(encoder: Any, host_tokens: HostTokens) -> ContextRows:
     conditioning, extra = output[0], output[2] if len(output) > 2 else {}
     rows = _read(conditioning, count, encoder)
     length = len(rows)
-    for name, times in _JOINED.items():
+    for name, times in JOINED_OUTPUTS.items():
         if name in extra:
             rows += _read(extra[name], count, encoder) * times
     if _ADAPTED_IDS in extra:

@@ -19,6 +19,10 @@ def parse_subjects(text: str) -> tuple[str, list[Span]]:
     r"""Return ``a [cat] and a [red frog]`` -> ``a cat and a red frog`` and where the subjects are in it.
 
     ``\[`` and ``\]`` are literal brackets. Everything else, weights and ``\(`` included, is left for the tokenizer.
+
+    Raises:
+        ValueError: brackets that are not closed, or that mean something else in other programs (``[cat:0.8]``, ``[cat|dog]``,
+            ``[[cat]]``).
     """
     plain = ""
     subjects: list[Span] = []
@@ -31,8 +35,8 @@ def parse_subjects(text: str) -> tuple[str, list[Span]]:
         elif char == "[":
             if opened is not None:
                 raise ValueError(
-                    f"A subject is marked inside another one in '{_around(text, at)}'. Mark each subject on its own, "
-                    r"or write \[ for a bracket that is part of the prompt."
+                    f"A subject is marked inside another one in '{_around(text, at)}'. Square brackets mark subjects here: mark "
+                    r"each on its own. Write (word:0.8) to weaken a word, and \[ for a bracket that is part of the prompt."
                 )
             opened = len(plain)
         elif char == "]":
@@ -53,11 +57,42 @@ def parse_subjects(text: str) -> tuple[str, list[Span]]:
     return plain, subjects
 
 
+def marked_subjects(text: str) -> list[Span]:
+    """Return what stands in square brackets in a text whose brackets are encoded like any other sign."""
+    spans = []
+    for match in re.finditer(r"(?<!\\)\[([^\[\]|:]+)\]", text):
+        inside = match[1]
+        if inside.strip():
+            spans.append((match.start(1) + len(inside) - len(inside.lstrip()), match.start(1) + len(inside.rstrip())))
+    return spans
+
+
 def _subject_span(plain: str, opened: int) -> Span:
     marked = plain[opened:]
+    _check_other_programs(marked)
     if not marked.strip():
         raise ValueError(r"'[]' marks no subject. Write a word of the prompt between the brackets, or \[\] for literal brackets.")
     return opened + len(marked) - len(marked.lstrip()), opened + len(marked.rstrip())
+
+
+def _check_other_programs(marked: str) -> None:
+    """Raise ``ValueError`` for what other programs write between brackets: weights, schedules and alternations."""
+    outside = re.sub(re.escape(EMBEDDING) + r"\S+", "", marked)
+    while (inner := re.sub(r"(?<!\\)\([^()]*\)", "", outside)) != outside:
+        outside = inner
+    if "|" in outside:
+        meaning = "to alternate between words. That is not possible here"
+    elif re.search(r":[^:]*:\s*-?[\d.]+\s*$|::\s*[\d.]+\s*$", outside):
+        meaning = "to change words during the run. That is not possible here"
+    elif re.search(r":\s*-?[\d.]+\s*$", outside):
+        word, _, number = outside.rpartition(":")
+        meaning = f"for weights or to let words in later. For a weight, write ([{word.strip()}]:{number.strip()})"
+    else:
+        return
+    raise ValueError(
+        f"Square brackets mark subjects here; other programs write '[{marked[:40]}]' {meaning}. Mark a subject as [cat], "
+        r"or write \[ and \] for brackets that are part of the prompt."
+    )
 
 
 def _around(text: str, at: int) -> str:
