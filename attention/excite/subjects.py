@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..prompts.conditioning import METADATA, prompt_infos
+from ..prompts.conditioning import METADATA, PromptInfo, prompt_infos
 from ..prompts.encoder_rows import UnknownEncoder
-from ..prompts.token_map import TokenMap
+from ..prompts.token_map import TokenMap, WordTokens
+from ..prompts.word_list import is_token_group, parse_token_groups, parse_word_list, token_group
 
 
 @dataclass(frozen=True)
@@ -39,46 +40,82 @@ _PADDING_COMPETES = {"", "l", "g"}
 def guided_prompts(conditioning: Sequence[Any], subjects: str, clip: Any = None, text: str = "") -> list[GuidedPrompt | None]:
     """Return what to guide in each entry of the positive conditioning; None where an entry has none of the subjects.
 
+    Args:
+        subjects: a list of words, see ``parse_word_list``; or of token positions, those of one subject joined by ``+``.
+            Empty: the subjects that are marked in the prompt.
+
     Raises:
         ValueError: no subjects, or one that no entry has.
     """
-    wanted = list(dict.fromkeys(item.strip() for item in subjects.split(",") if item.strip()))
+    wanted = _wanted(subjects)
     if not conditioning:
         raise ValueError("'positive' is empty. Connect the output of 'Prompt with Subjects'.")
-    if wanted and all(item.isdecimal() for item in wanted):
-        return [_at_positions(entry, [int(item) for item in wanted], clip, text) for entry in conditioning]
+    groups = parse_token_groups(wanted)
+    if groups is not None:
+        return [_at_positions(entry, groups, clip, text) for entry in conditioning]
     infos = prompt_infos(conditioning, clip, text.strip() or None)
-    found: list[GuidedPrompt | None] = []
-    missing: dict[str, ValueError] = {}
-    seen: set[str] = set()
-    for info in infos:
-        chosen = [Subject(_numbered(word, info.subjects), word.positions) for word in info.subjects] if not wanted else []
-        for item in wanted:
-            try:
-                words = info.tokens.find(item)
-            except ValueError as error:
-                missing.setdefault(item, error)
-            else:
-                chosen.append(Subject(item, tuple(sorted({p for word in words for p in word.positions}))))
-                seen.add(item)
-        found.append(GuidedPrompt(tuple(chosen), _columns(info.tokens, chosen)) if chosen else None)
-    for item in wanted:
-        if item not in seen:
-            raise ValueError(f"subjects: {missing[item]}") from missing[item]
-    if not any(found):
-        listed = ", ".join(dict.fromkeys(word for info in infos for word in info.tokens.words()))
+    chosen = _named(infos, wanted) if wanted else [_marked(info.subjects) for info in infos]
+    if not any(chosen):
         raise ValueError(
             "No subjects are given. Write words of the prompt in 'subjects', separated by commas, or put them in square "
-            f"brackets in 'Prompt with Subjects'. Words in the prompt: {listed}"
+            f"brackets in 'Prompt with Subjects'. {_words_of(infos)}"
         )
-    return found
+    return [
+        GuidedPrompt(tuple(some), _columns(info.tokens, some)) if some else None for info, some in zip(infos, chosen, strict=True)
+    ]
 
 
-def _numbered(word: Any, subjects: Sequence[Any]) -> str:
-    return f"{word.word}#{word.occurrence}" if [other.word for other in subjects].count(word.word) > 1 else word.word
+def _wanted(subjects: str) -> list[str]:
+    try:
+        return parse_word_list(subjects)
+    except ValueError as error:
+        raise ValueError(f"subjects: {error}") from error
 
 
-def _at_positions(entry: Any, positions: list[int], clip: Any, text: str) -> GuidedPrompt:
+def _words_of(infos: Sequence[PromptInfo]) -> str:
+    words = ", ".join(dict.fromkeys(word for info in infos for word in info.tokens.words()))
+    return f"Words in the prompt: {words}" if words else "This prompt has no words: it is empty, or it was zeroed out."
+
+
+def _marked(subjects: Sequence[WordTokens]) -> list[Subject]:
+    names = [subject.word for subject in subjects]
+    return [
+        Subject(f"{subject.word}#{subject.occurrence}" if names.count(subject.word) > 1 else subject.word, subject.positions)
+        for subject in subjects
+    ]
+
+
+def _named(infos: Sequence[PromptInfo], wanted: Sequence[str]) -> list[list[Subject]]:
+    """Return the subjects with these names in each entry. A number that is no word of the prompt is a token position."""
+    chosen: list[list[Subject]] = [[] for _ in infos]
+    for item in wanted:
+        missing: list[ValueError] = []
+        for info, some in zip(infos, chosen, strict=True):
+            try:
+                some.append(_find(info.tokens, item))
+            except ValueError as error:
+                missing.append(error)
+        if len(missing) == len(infos):
+            raise ValueError(f"subjects: {missing[0]}") from missing[0]
+    return chosen
+
+
+def _find(tokens: TokenMap, item: str) -> Subject:
+    try:
+        words = tokens.find(item)
+    except ValueError:
+        if not is_token_group(item):
+            raise
+        return _group(tokens, token_group(item))
+    return Subject(item, tuple(sorted({position for word in words for position in word.positions})))
+
+
+def _group(known: TokenMap | None, positions: tuple[int, ...]) -> Subject:
+    names = [f"token {position}" if known is None else known.at(position).word for position in positions]
+    return Subject("+".join(names), positions)
+
+
+def _at_positions(entry: Any, groups: Sequence[tuple[int, ...]], clip: Any, text: str) -> GuidedPrompt:
     """Return what to guide in one entry for subjects given as token positions, which need no known words."""
     tensor, options = (entry["cross_attn"], entry) if isinstance(entry, dict) else entry
     known: TokenMap | None = None
@@ -87,20 +124,19 @@ def _at_positions(entry: Any, positions: list[int], clip: Any, text: str) -> Gui
             known = prompt_infos([entry], clip, text.strip() or None)[0].tokens
         except UnknownEncoder:
             known = None
+    if known is not None and not known.tokens:
+        raise ValueError("subjects: 'positive' has no words: it was zeroed out. Connect the encoded prompt itself.")
     length = known.length if known is not None else int(tensor.shape[1])
-    for position in positions:
+    for position in sorted({position for group in groups for position in group}):
         if not 0 <= position < length:
             raise ValueError(
                 f"subjects: token position {position} is outside this prompt, which has {length} tokens (0 to {length - 1})."
             )
-    chosen = [Subject(_name_at(known, position), (position,)) for position in positions]
+    chosen = [_group(known, group) for group in groups]
     if known is not None:
         return GuidedPrompt(tuple(chosen), _columns(known, chosen))
+    positions = {position for group in groups for position in group}
     return GuidedPrompt(tuple(chosen), tuple(sorted({*range(1, length - 1), *positions})))
-
-
-def _name_at(known: TokenMap | None, position: int) -> str:
-    return known.at(position).word if known is not None else f"token {position}"
 
 
 def _columns(tokens: TokenMap, subjects: Sequence[Subject]) -> tuple[int, ...]:
