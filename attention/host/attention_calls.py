@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .patching import TransformerOptions
+from .patching import ModelOptions, TransformerOptions
 
 # transformer_options: a function that takes the place of every attention call that passes its transformer_options on.
 _ATTENTION_OVERRIDE = "optimized_attention_override"
@@ -49,6 +49,28 @@ def has_output_patches(options: TransformerOptions) -> bool:
 def has_replacements(options: TransformerOptions, name: str) -> bool:
     """Return whether another node computes the attention of module ``name`` itself, so that no attention call is to be seen."""
     return bool(options.get("patches_replace", {}).get(name))
+
+
+def acting_replacements(options: ModelOptions | TransformerOptions, name: str, sigma: float) -> tuple[bool, ...]:
+    """Return which parts of the replacements of ``name`` act at ``sigma``, where they tell between which sigmas they do.
+
+    IPAdapter's do: a callable with ``kwargs``, a list of settings with ``sigma_start`` and ``sigma_end``.
+    """
+    options = options.get("transformer_options", options)
+    replacements = options.get("patches_replace", {}).get(name, {}).values()
+    return tuple(start >= sigma >= end for replacement in replacements for start, end in _sigma_ranges(replacement))
+
+
+def changes_unseen(options: TransformerOptions, name: str) -> bool:
+    """Return whether something changes module ``name`` without telling between which sigmas it acts."""
+    replacements = options.get("patches_replace", {}).get(name, {}).values()
+    return has_input_patches(options, name) or not all(_sigma_ranges(replacement) for replacement in replacements)
+
+
+def _sigma_ranges(replacement: Any) -> list[tuple[float, float]]:
+    settings = getattr(replacement, "kwargs", None)
+    settings = settings if isinstance(settings, list) else []
+    return [(one["sigma_start"], one["sigma_end"]) for one in settings if {"sigma_start", "sigma_end"} <= set(one)]
 
 
 def without_replacements(options: TransformerOptions, name: str) -> TransformerOptions:

@@ -27,6 +27,12 @@ def cond_region(cond: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def is_active(cond: Mapping[str, Any], sigma: float) -> bool:
+    """Return whether a running guider's cond acts at ``sigma``: its timestep range, if it has one, holds it."""
+    start, end = cond.get("timestep_start"), cond.get("timestep_end")
+    return (start is None or sigma <= start) and (end is None or sigma >= end)
+
+
 # What a prompt may carry that makes it act somewhere, sometime or through another network only.
 _LIMITS_OF_A_PROMPT = (
     "area", "strength", "mask", "mask_strength", "set_area_to_bounds", "start_percent", "end_percent", "timestep_start",
@@ -78,3 +84,19 @@ def processed_cond(
 def cond_values(cond: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the network is given of a processed prompt: tensors, lists of them, and plain values."""
     return {name: value.cond for name, value in sorted(cond["model_conds"].items())}
+
+
+def text_widths(guider: Any) -> dict[str, int]:
+    """Return how many values a model's prompts have for each token ("context") and as a whole ("pooled"), as far as is known.
+
+    A U-Net says it itself; of other networks the guider's own prompts are asked.
+    """
+    config = getattr(getattr(guider.model_patcher.model, "model_config", None), "unet_config", {})
+    found = {name: width for name, key in (("context", "context_dim"),) if isinstance(width := config.get(key), int)}
+    for conds in prompts_of(guider):
+        for cond in conds:
+            for name, key in (("context", "cross_attn"), ("pooled", "pooled_output")):
+                value = cond.get(key)
+                if isinstance(value, torch.Tensor) and value.ndim:
+                    found.setdefault(name, value.shape[-1])
+    return found

@@ -81,11 +81,18 @@ def diffusion_model(base_model: Any) -> torch.nn.Module:
 def is_compiled(base_model: Any) -> bool:
     """Return True where torch.compile runs the network or parts of it, so that swapping a forward would recompile or be ignored.
 
-    Core's node swaps compiled modules in only while a model call lasts; what it leaves to see is its wrapper.
+    Core's node swaps compiled modules in only while a model call lasts; what it leaves to see is its wrapper. Other packs
+    compile modules in place (``module.compile()``), or their ``forward`` alone.
     """
     patcher = base_model.current_patcher
     wrapped = patcher is not None and bool(patcher.get_wrappers(WrappersMP.APPLY_MODEL, "torch.compile"))
-    return wrapped or any("_orig_mod" in module._modules for module in base_model.modules())
+    return wrapped or any(_is_compiled_module(module) for module in base_model.modules())
+
+
+def _is_compiled_module(module: torch.nn.Module) -> bool:
+    if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    return hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
 
 
 def needs_uncond(options: ModelOptions) -> bool:

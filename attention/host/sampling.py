@@ -75,6 +75,18 @@ def pixels_per_latent(model: ModelPatcher) -> int:
     return int(getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8))
 
 
+# Frames of a video in one latent frame, where a latent format of 0.3.75 does not say; all others that this pack can name have 4.
+_LONG_FRAMES = {"LTXV": 8, "LTXAV": 8, "Mochi": 6, "Cosmos1CV8x8x8": 8}
+
+
+def frames_per_latent(model: ModelPatcher) -> int:
+    """Return the frames of the video that one latent frame after the first stands for."""
+    latent_format = model.get_model_object("latent_format")
+    known = _LONG_FRAMES.get(type(latent_format).__name__, 4)
+    ratio = getattr(latent_format, "temporal_downscale_ratio", known)
+    return int(ratio) if isinstance(ratio, (int, float)) and ratio > 1 else known
+
+
 def packs_latents(model: ModelPatcher) -> bool:
     """Return whether the model samples latents of another shape than its VAE's (HunyuanImage's refiner)."""
     channels, dimensions = latent_channels(model)
@@ -113,6 +125,11 @@ def denoise_mask(model: Any, call: Mapping[str, Any], sigma: torch.Tensor) -> to
 def is_flow(base_model: Any) -> bool:
     """Return whether latents are mixed as (1 - sigma) * image + sigma * noise, so that sigma 0 is a time the model knows."""
     return isinstance(base_model.model_sampling, comfy.model_sampling.CONST)
+
+
+def sigma_at_share(guider: Any, share: float) -> float:
+    """Return the sigma at a share (0 to 1) of a guider's whole noise schedule, as ComfyUI's start_percent counts it."""
+    return float(guider.model_patcher.get_model_object("model_sampling").percent_to_sigma(share))
 
 
 def smallest_sigma(base_model: Any) -> float:

@@ -1,9 +1,11 @@
-"""Time inside one sampling run: which noise level and which step a model call belongs to, whatever the sampler does."""
+"""Time inside one sampling run: the noise level and the step that a model call belongs to, whatever the sampler does."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,27 +35,47 @@ _RELATIVE_SLACK = 1e-4
 
 @dataclass(frozen=True)
 class StepClock:
-    """The sigmas of one run, as numbers.
+    """The sigmas of one run, as numbers; of KSamplerAdvanced, split sigmas and low denoise they are a slice of a schedule.
 
-    ``steps`` is what the artist typed: KSamplerAdvanced, split sigmas and low denoise hand the sampler a slice, and the
-    slice is the run. Samplers that evaluate twice a step, between steps, or out of order are served too: a call belongs
-    to the last step whose sigma is not below its own.
+    Samplers that evaluate twice a step, between steps, or out of order are served too.
     """
 
     sigmas: tuple[float, ...]
 
     @classmethod
     def from_sigmas(cls, sigmas: torch.Tensor) -> StepClock:
+        """Return the clock of a sampler's ``sigmas`` (steps + 1,)."""
         return cls(tuple(sigmas.tolist()))
 
     @property
     def steps(self) -> int:
+        """Return the number of steps."""
         return max(len(self.sigmas) - 1, 0)
 
-    def step_at(self, sigma: float) -> int:
-        """Return index of the step that sigma belongs to, 0 .. steps - 1."""
-        reached = sum(start >= sigma * (1 - _RELATIVE_SLACK) for start in self.sigmas[:-1])
-        return max(reached - 1, 0)
+    @cached_property
+    def descends(self) -> bool:
+        """Return whether every step begins at a lower sigma than the one before, so that a sigma tells the step."""
+        return all(after < before for before, after in pairwise(self.sigmas[:-1]))
+
+    def step_at(self, sigma: float, done: int | None = None) -> int:
+        """Return the index, 0 .. steps - 1, of the step that an evaluation at ``sigma`` belongs to.
+
+        On a schedule that descends, that is the last step whose sigma is not below it. On any other one (flipped, restarted,
+        repeated sigmas) the sampler's progress says which step is being made, and sigma only whether the next one has begun.
+
+        Args:
+            done: steps that the sampler has told its progress bar of; None: not known.
+        """
+        if done is None or self.descends:
+            reached = sum(start >= sigma * (1 - _RELATIVE_SLACK) for start in self.sigmas[:-1])
+            return max(reached - 1, 0)
+        earlier, later = max(done - 1, 0), min(done, self.steps - 1)
+        if earlier >= later:
+            return max(later, 0)
+        start = self.sigmas[later]
+        rises = start > self.sigmas[earlier]
+        begun = sigma >= start * (1 - _RELATIVE_SLACK) if rises else sigma <= start * (1 + _RELATIVE_SLACK)
+        return later if begun else earlier
 
 
 class NoiseLevels:
@@ -66,14 +88,14 @@ class NoiseLevels:
 
     def __init__(self, sigmas: torch.Tensor, sampler: Any) -> None:
         self._sigmas: list[float] = sigmas.tolist()
-        self._done = 0  # steps that the sampler has told its progress bar of
+        self.done = 0  # steps that the sampler has told its progress bar of
         self._follows_schedule = is_comfy_loop(sampler)
 
     def hearing(self, progress: Callable[..., None] | None) -> Callable[..., None]:
         """Return ``progress(step, denoised, x, steps)``, which the sampler calls once in each step, listened to."""
 
         def heard(step: int, *args: Any) -> None:
-            self._done = step + 1
+            self.done = step + 1
             if progress is not None:
                 progress(step, *args)
 
@@ -81,8 +103,8 @@ class NoiseLevels:
 
     def at(self, timestep: torch.Tensor) -> float:
         """Return the level of one evaluation, whose batch has ``timestep`` (sigmas, all equal)."""
-        expected = self._sigmas[self._done] if self._done < len(self._sigmas) - 1 else None
-        if self._follows_schedule and self._done >= _CHECKED_STEPS and expected is not None:
+        expected = self._sigmas[self.done] if self.done < len(self._sigmas) - 1 else None
+        if self._follows_schedule and self.done >= _CHECKED_STEPS and expected is not None:
             return expected
         sigma = float(timestep.max())
         if expected is None or abs(sigma - expected) > _RELATIVE_SLACK * expected:
@@ -110,3 +132,9 @@ def read_sigma(timestep: torch.Tensor, options: ModelOptions) -> tuple[float, Mo
         sigma = float(timestep.max()) if levels is None else levels.at(timestep)
         options = {**options, _SIGMA: sigma}
     return sigma, options
+
+
+def steps_done(options: ModelOptions) -> int | None:
+    """Return how many steps the sampler has told its progress bar of; None where ``follow_sampler`` does not listen."""
+    levels: NoiseLevels | None = run_state(options, _LEVELS)
+    return None if levels is None else levels.done

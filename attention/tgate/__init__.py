@@ -1,13 +1,16 @@
 """T-GATE: converged cross-attention is reused after a gate.
 
-``settings`` what the user sets, ``plan`` what each step does, ``cache`` stored outputs, ``guidance`` the kept difference of
-the prompts, ``convergence`` auto mode, ``run`` the state of one run, ``technique`` the wrappers.
+``settings`` what the user sets, ``plan`` the published schedule, ``evaluation`` what one evaluation does, ``cache`` stored
+outputs, ``guidance`` the kept difference of the prompts, ``convergence`` auto mode, ``run`` the state of one run, ``report`` its
+log line, ``modules`` what happens at attention modules, ``technique`` the wrappers.
 """
 
 from .cache import AttentionCache
+from .convergence import ConvergenceMeter
+from .evaluation import EvaluationPlan, Situation, plan_evaluation
 from .plan import Action, plan, reuses_attention
 from .run import TGateRun
-from .settings import CacheDevice, CfgAfterGate, Mode, TGateSettings
+from .settings import CacheDevice, CfgAfterGate, GateOn, Mode, TGateSettings
 from .technique import KEY, TGate
 
 __all__ = [
@@ -15,11 +18,16 @@ __all__ = [
     "AttentionCache",
     "CacheDevice",
     "CfgAfterGate",
+    "ConvergenceMeter",
+    "EvaluationPlan",
+    "GateOn",
     "KEY",
     "Mode",
+    "Situation",
     "TGate",
     "TGateRun",
     "TGateSettings",
     "plan",
+    "plan_evaluation",
     "reuses_attention",
 ]

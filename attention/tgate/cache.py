@@ -23,11 +23,12 @@ class AttentionCache:
     means: dict[str, torch.Tensor] = field(default_factory=dict)
     halves: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def store(self, site: str, uuids: list[UUID], output: torch.Tensor) -> None:
-        """Keep each cond's chunk of ``output`` (conds * batch, tokens, channels)."""
+    def store(self, site: str, uuids: list[UUID], output: torch.Tensor, wanted: frozenset[UUID] | None = None) -> None:
+        """Keep each cond's chunk of ``output`` (conds * batch, tokens, channels); only the ``wanted`` ones, if given."""
         self.means.pop(site, None)
         for uuid, chunk in zip(uuids, output.chunk(len(uuids)), strict=True):
-            self.conds[site, uuid] = self._own(chunk)
+            if wanted is None or uuid in wanted:
+                self.conds[site, uuid] = self._own(chunk)
 
     def store_mean(self, site: str, shares: list[float], output: torch.Tensor) -> None:
         """Keep the weighted mean of the two prompts' chunks; a prompt that comes alone waits for the other one."""
@@ -44,8 +45,13 @@ class AttentionCache:
         self.forget(sites)
         self.halves.clear()
 
-    def holds(self, site: str, uuids: list[UUID], mean: bool) -> bool:
-        return site in self.means if mean else all((site, uuid) in self.conds for uuid in uuids)
+    def holds_means(self, sites: set[str]) -> bool:
+        """Return whether there is a mean for each of some sites, and any at all."""
+        return bool(self.means) and sites <= self.means.keys()
+
+    def holds(self, sites: set[str], uuids: list[UUID]) -> bool:
+        """Return whether each of some sites has the output of every cond, and any has."""
+        return bool(self.conds) and all((site, uuid) in self.conds for site in sites for uuid in uuids)
 
     def load(self, site: str, uuids: list[UUID], like: torch.Tensor, mean: bool) -> torch.Tensor | None:
         """Return the stored output for a batch of conds, or None where something is missing or of another shape."""
@@ -62,13 +68,19 @@ class AttentionCache:
         self.means = {name: value for name, value in self.means.items() if name not in names}
         self.conds = {key: value for key, value in self.conds.items() if key[0] not in names}
 
+    def evict(self, active: set[UUID]) -> None:
+        """Drop the outputs of conds that no longer act; should one come back, it is stored again."""
+        self.conds = {key: value for key, value in self.conds.items() if key[1] in active}
+
     def clear(self) -> None:
+        """Drop everything."""
         self.conds.clear()
         self.means.clear()
         self.halves.clear()
 
     @property
     def bytes(self) -> int:
+        """Return what the stored outputs take."""
         tensors = (*self.conds.values(), *self.means.values(), *self.halves.values())
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

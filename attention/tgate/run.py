@@ -13,22 +13,38 @@ from ..host import StepClock
 from ..networks.blocks import AttentionSite, Kind, attention_sites
 from .cache import AttentionCache
 from .convergence import ConvergenceMeter
+from .evaluation import NEGATIVE, POSITIVE, EvaluationPlan
 from .guidance import TINY_SIGMA, Guidance, GuidancePoint
-from .plan import StepPlan
+from .plan import Action, GateWindow, StepPlan
+from .report import Report
 from .settings import CacheDevice, Mode, TGateSettings
 
-POSITIVE, NEGATIVE = 0, 1
+MOST_MISFITS = 2  # successive evaluations in which stored attention did not fit, before cross-attention is always computed
+
+
+class Misfit(Exception):
+    """Raised inside an evaluation that cannot go on: stored attention does not fit it."""
 
 
 class TGateRun:
-    """The state of one sampling run, made when it starts; every decision of the run is taken here."""
+    """The state of one sampling run, made when it starts.
 
-    def __init__(self, settings: TGateSettings, clock: StepClock, combines_as_cfg: bool) -> None:
+    Args:
+        clock: the run's sigmas.
+        combines_as_cfg: the guider mixes a positive and a negative prediction as CFG does.
+        window: the steps that reuse attention; None: by the settings and the number of steps.
+    """
+
+    def __init__(
+        self, settings: TGateSettings, clock: StepClock, combines_as_cfg: bool, window: GateWindow | None = None
+    ) -> None:
         self.settings = settings
         self.clock = clock
-        self.gate = settings.gate_step(clock.steps)
+        self.gate = settings.gate_step(clock.steps) if window is None else window.gate
+        self.full_from = clock.steps if window is None else window.full_from
         self.combines_as_cfg = combines_as_cfg
-        self.cache = AttentionCache(torch.device("cpu") if settings.cache_device is CacheDevice.CPU else None)
+        device = torch.device("cpu") if settings.cache_device is CacheDevice.CPU else None
+        self.cache = AttentionCache(device)
         self.cache_peak_bytes = 0
 
         self.step = -1
@@ -37,34 +53,56 @@ class TGateRun:
         self.latent_shape = torch.Size()  # what the sampler evaluates; context windows hand on a part of it
         self.awaits_main_call = False  # the next batch of conds is the sampler's own
         self.call: MainCall | None = None  # that batch, while it runs
-        self.stored_means: bool | None = None  # what the cross-attention cache holds since the gate; None: nothing yet
+        self.main_conds: set[UUID] = set()  # what it holds
         self.guidance: Guidance | None = None  # through the last two steps that computed both prompts, where it is kept
+        self.negative_is_old = False  # it was left out since both prompts were last computed
+        self.acted: tuple[bool, ...] = ()  # which of other nodes' attention replacements acted in the last evaluation
+        self.misfits = 0  # successive evaluations in which stored attention did not fit
+        self.reuses_text = True
         self.stopped = False
 
-        self.change = ConvergenceMeter()
+        self.change = ConvergenceMeter(device)
         self.changes: dict[int, float] = {}
-        self.reused: dict[Kind, set[int]] = {"self": set(), "cross": set()}
-        self.dropped: set[int] = set()
-        self.refreshed: set[int] = set()
-        self.notes: dict[str, None] = {}
+        self.report = Report()
         self._sites: dict[int, list[AttentionSite]] = {}
+        self.seen_sites: set[str] = set()  # cross-attention modules that this run has called
 
     def sites(self, model: Any) -> list[AttentionSite]:
         """Return the attention modules of a BaseModel that this run may skip; looked up once a run."""
         network = host.diffusion_model(model)
         if id(network) not in self._sites:
             self._sites[id(network)] = [] if host.is_compiled(model) else attention_sites(network)
-        return self._sites[id(network)]
+        found = self._sites[id(network)]
+        return found if self.reuses_text else [site for site in found if site.kind != "cross"]
 
-    def begin_evaluation(self, sigma: float, latent_shape: torch.Size) -> None:
+    def begin_evaluation(self, sigma: float, latent_shape: torch.Size, done: int | None = None) -> None:
+        """Take note of a sampler's evaluation at ``sigma``, which has told its progress bar of ``done`` steps."""
         self.latent_shape, self.sigma = latent_shape, sigma
-        step = self.clock.step_at(sigma)
+        step = self.clock.step_at(sigma, done)
         self.first_at_step = step != self.step
         self.step = step
         self.awaits_main_call = True
 
+    def prepare_cache(self, plan: EvaluationPlan, sites: list[AttentionSite], active: set[UUID]) -> None:
+        """Forget what an evaluation is going to store anew, and what no evaluation will ask for any more."""
+        if self.step >= self.full_from:
+            self.cache.clear()
+        self.cache.evict(active)
+        storing = [site for site in sites if plan.attention.action(site.kind) is Action.STORE]
+        if storing:
+            self.cache.begin_store(storing)
+        if plan.attention.self_attention is Action.COMPUTE:
+            self.cache.forget([site for site in sites if site.kind == "self"])
+
+    def see_replacements(self, acting: tuple[bool, ...], sites: list[AttentionSite]) -> None:
+        """Forget stored cross-attention where another node's replacement has begun or ended to act since (IPAdapter)."""
+        if acting != self.acted and (self.cache.means or self.cache.conds):
+            self.cache.forget([site for site in sites if site.kind == "cross"])
+            self.report.misfits.add(self.step)
+        self.acted = acting
+
     def keep_guidance(self, outputs: list[torch.Tensor]) -> None:
-        """Both prompts' predictions of this evaluation; a later one of the same step takes its place."""
+        """Keep both prompts' predictions of this evaluation; a later one of the same step takes its place."""
         sigma, before = max(self.sigma, TINY_SIGMA), None
         if self.guidance is not None:
             before = self.guidance.before if self.guidance.step == self.step else self.guidance.point
@@ -73,9 +111,18 @@ class TGateRun:
         point = GuidancePoint((outputs[POSITIVE] - outputs[NEGATIVE]) / sigma, sigma)
         self.guidance = Guidance(self.step, point, before)
 
+    @property
+    def measures(self) -> bool:
+        """Return whether the change of cross-attention is measured in this evaluation."""
+        return self.settings.mode is Mode.AUTO and self.step < self.gate - 1 and self.first_at_step
+
+    def count_memory(self) -> None:
+        """Take note of the most that the run keeps."""
+        self.cache_peak_bytes = max(self.cache_peak_bytes, self.cache.bytes + self.change.bytes)
+
     def note(self, text: str) -> None:
-        """Something the artist should know; said once, in the run's log line."""
-        self.notes[text] = None
+        """Say something to the user, once, in the run's log line."""
+        self.report.notes[text] = None
 
     def stop(self, reason: str) -> None:
         """Do nothing for the rest of the run: a plain image is better than a wrong one."""
@@ -85,6 +132,7 @@ class TGateRun:
         self.guidance = None
 
     def release(self) -> None:
+        """Free all tensors."""
         self.cache.clear()
         self.guidance = None
         self.change.clear()
@@ -92,16 +140,8 @@ class TGateRun:
         self.call = None
 
     def summary(self) -> str:
-        steps = self.clock.steps
-        text = f"T-GATE: cross-attention reused in {len(self.reused['cross'])} of {steps} steps"
-        text += f", negative prompt skipped in {len(self.dropped)}"
-        if self.reused["self"]:
-            text += f", self-attention reused in {len(self.reused['self'])}"
-        if self.refreshed:
-            text += f", all computed again in {len(self.refreshed)}"
-        if self.settings.mode is Mode.AUTO:
-            text += f", gate opened at step {self.gate}"
-        return "; ".join([text, *self.notes])
+        """Return the run's log line."""
+        return self.report.line(self.settings, self.clock.steps, self.gate, self.full_from, self.stopped)
 
 
 @dataclass
@@ -110,10 +150,34 @@ class MainCall:
 
     Attributes:
         plan: what this evaluation does.
-        pair: the one positive and one negative cond whose mean is stored or reused; None: each cond for itself.
+        active: all conds that are evaluated.
         seen: conds that a model call has had already; one that comes back means tiles or windows.
+        served, computed: attention modules that returned what was stored, and modules that were computed in spite of the plan.
+        misfit: why it cannot go on with what was stored.
     """
 
-    plan: StepPlan
-    pair: tuple[UUID, UUID] | None
+    plan: EvaluationPlan
+    active: list[UUID] = field(default_factory=list)
     seen: set[UUID] = field(default_factory=set)
+    served: dict[Kind, int] = field(default_factory=lambda: {"self": 0, "cross": 0})
+    computed: dict[Kind, int] = field(default_factory=lambda: {"self": 0, "cross": 0})
+    misfit: str | None = None
+
+    @property
+    def attention(self) -> StepPlan:
+        """Return what self- and cross-attention do."""
+        return self.plan.attention
+
+    @property
+    def pair(self) -> tuple[UUID, UUID] | None:
+        """Return the two conds whose mean is stored or reused."""
+        return self.plan.pair
+
+    def give_up(self, reason: str) -> None:
+        """End the evaluation, which is then made in full.
+
+        Raises:
+            Misfit: always.
+        """
+        self.misfit = reason
+        raise Misfit(reason)

@@ -21,6 +21,13 @@ class Mode(str, Enum):
     AUTO = "auto"
 
 
+class GateOn(str, Enum):
+    """What ``gate_at`` and ``full_at_end`` are shares of."""
+
+    STEPS = "steps of this run"
+    SCHEDULE = "whole noise schedule"
+
+
 class CacheDevice(str, Enum):
     AUTO = "auto"
     GPU = "gpu"
@@ -29,10 +36,10 @@ class CacheDevice(str, Enum):
 
 @dataclass(frozen=True)
 class TGateSettings:
-    """What the artist chose.
+    """The user's settings.
 
     Attributes:
-        gate_at: fraction of the run's steps before the gate, in (0, 1]; 1 means never.
+        gate_at: share of ``gate_on`` before the gate, in (0, 1]; 1 means never.
         sp_interval: self-attention is computed every so many steps before the gate (1: always).
         fi_interval: the same from the gate on.
         warm_up: steps at the start in which self-attention is always computed.
@@ -42,6 +49,9 @@ class TGateSettings:
         refresh_every: from the gate on, every so many steps are computed in full; 0: none, as published.
         tolerance: auto mode only; the gate opens once cross-attention changes by less than this from one step to the
             next (relative L2 norm over all modules), and by less than half of the run's largest change.
+        gate_on: the steps of the run, of which a slice of a schedule has its own; or the whole noise schedule, which all its
+            slices share.
+        full_at_end: share of ``gate_on`` at the end that is computed in full, in [0, 1).
     """
 
     gate_at: float = 0.4
@@ -54,6 +64,8 @@ class TGateSettings:
     cache_device: CacheDevice = CacheDevice.AUTO
     positive_share: float = 0.5
     refresh_every: int = 0
+    gate_on: GateOn = GateOn.STEPS
+    full_at_end: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.gate_at <= 1:
@@ -75,6 +87,13 @@ class TGateSettings:
             raise ValueError(
                 f"refresh_every is {self.refresh_every}: use 0 (never), or 2 or more steps from one full step to the next. "
                 "(1 would compute everything: for that, set gate_at to 1.)"
+            )
+        if not 0 <= self.full_at_end < 1:
+            raise ValueError(f"full_at_end is {self.full_at_end:g}: it is a share of the steps, so use 0 (none) to less than 1.")
+        if self.gate_at < 1 and self.gate_at + self.full_at_end >= 1:
+            raise ValueError(
+                f"gate_at is {self.gate_at:g} and full_at_end is {self.full_at_end:g}, so no step is left between them in which "
+                "attention could be reused: choose values whose sum is less than 1."
             )
         if self.mode is Mode.AUTO and not self.tolerance > 0:
             raise ValueError(f"tolerance is {self.tolerance:g}: auto mode needs more than 0 (0.05 is a good start).")

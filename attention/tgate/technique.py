@@ -1,7 +1,8 @@
 """T-GATE: cross-attention converges early, so after a gate step its cached output is reused.
 
 Zhang et al., "Cross-Attention Makes Inference Cumbersome in Text-to-Image Diffusion Models" (arXiv:2404.02747), and the
-authors' second version, which also reuses self-attention between intervals. The exact schedule is ``plan``.
+authors' second version, which also reuses self-attention between intervals. The exact schedule is ``plan``, and what one
+evaluation does is decided by ``evaluation.plan_evaluation``.
 
 A run of S steps has a gate step G. Before it (semantics planning) everything is computed, except that self-attention may
 be reused within intervals. Step G-1 stores the output of every attention module, after its last projection and before the
@@ -13,6 +14,10 @@ both prompts as well: half of the memory, and as near to the plain image. And th
 steps (``refresh_every``): such a step computes and stores everything anew, and until the next one the difference between
 the two prompts' noise predictions goes on as it went through the last two of them (``Guidance``).
 
+Reuse is never taken for granted. The gate is open for an evaluation only where every cross-attention module holds what it
+will be asked for; until then both prompts are computed and stored. Where stored outputs turn out not to fit (another node
+changed the size of the layers, or calls them in its own way), the evaluation is given up and made again in full.
+
 Nothing is kept on the model: a run's state (``TGateRun``) is made when sampling starts and emptied when it ends, and
 modules get another ``forward`` only for the length of one model call.
 """
@@ -20,7 +25,7 @@ modules get another ``forward`` only for the length of one model call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -30,11 +35,15 @@ from .. import host
 from ..host import ModelOptions, StepClock, TransformerOptions, follow_sampler, log, read_sigma
 from ..networks.blocks import AttentionSite, Kind
 from .convergence import SETTLED
-from .plan import Action, StepPlan, plan
-from .run import NEGATIVE, POSITIVE, MainCall, TGateRun
-from .settings import CacheDevice, CfgAfterGate, Mode, TGateSettings
+from .evaluation import POSITIVE, EvaluationPlan, Situation, has_no_negative, plan_evaluation
+from .modules import attention_as
+from .plan import Action, gate_window
+from .run import MOST_MISFITS, MainCall, TGateRun
+from .settings import CacheDevice, TGateSettings
 
 KEY = host.GATE
+
+Evaluate = Callable[[list[Any]], list[torch.Tensor]]
 
 
 class TGate:
@@ -46,8 +55,11 @@ class TGate:
     def outer_sample(
         self, executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        """Make the state of a run, and say at its end what was done."""
         guider = executor.class_obj
-        run = TGateRun(self.settings, StepClock.from_sigmas(sigmas), host.combines_as_cfg(guider))
+        clock = StepClock.from_sigmas(sigmas)
+        window = gate_window(self.settings, clock, partial(host.sigma_at_share, guider))
+        run = TGateRun(self.settings, clock, host.combines_as_cfg(guider), window)
         try:
             with host.run_scope(guider, KEY, run):
                 return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -60,20 +72,25 @@ class TGate:
     def predict_noise(
         self, executor: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: ModelOptions, seed: Any = None
     ) -> Any:
+        """Take note of an evaluation: its noise level and its step."""
         run = host.run_state(model_options, KEY)
         if run is not None:
             sigma, model_options = read_sigma(timestep, model_options)
-            run.begin_evaluation(sigma, x.shape)
+            run.begin_evaluation(sigma, x.shape, host.steps_done(model_options))
         return executor(x, timestep, model_options, seed)
 
     def calc_cond_batch(
         self, executor: Any, model: Any, conds: list[Any], x: torch.Tensor, timestep: torch.Tensor, model_options: ModelOptions
     ) -> Any:
+        """Plan the sampler's own evaluation of its prompts, and carry the plan out."""
         run: TGateRun | None = host.run_state(model_options, KEY)
         private = host.run_state(model_options, host.INTERNAL_PASS)
         if run is None or run.stopped or private or not run.awaits_main_call:
+            if run is not None and not private:
+                run.report.one_by_one |= any(cond["uuid"] not in run.main_conds for one in conds for cond in one or ())
             return executor(model, conds, x, timestep, model_options)
         run.awaits_main_call = False
+        run.main_conds = {cond["uuid"] for one in conds for cond in one or ()}
         if x.shape != run.latent_shape:
             run.stop("context windows cut each step into several model calls")
             return executor(model, conds, x, timestep, model_options)
@@ -81,60 +98,100 @@ class TGate:
         def evaluate(wanted: list[Any]) -> list[torch.Tensor]:
             return executor(model, wanted, x, timestep, model_options)
 
-        return self._main_call(run, model, conds, model_options, evaluate)
+        sites = run.sites(model)
+        run.see_replacements(host.acting_replacements(model_options, "attn2", run.sigma), sites)
+        now = situation(run, sites, conds, host.needs_uncond(model_options))
+        if not now.reuses_text and run.reuses_text:
+            run.report.no_text = "the model is compiled" if host.is_compiled(model) else _no_text(model)
+        run.report.no_negative |= has_no_negative(now.prompts)
+        plan = plan_evaluation(run.settings, now)
+        outputs = self._carry_out(run, plan, sites, now, model_options, conds, evaluate)
+        if outputs is None and not run.stopped:  # what was stored did not fit
+            outputs = self._carry_out(run, plan.stored_again(), run.sites(model), now, model_options, conds, evaluate)
+        return evaluate(conds) if outputs is None else outputs
 
-    def _main_call(
+    def _carry_out(
         self,
         run: TGateRun,
-        model: Any,
-        conds: list[Any],
+        plan: EvaluationPlan,
+        sites: list[AttentionSite],
+        now: Situation,
         options: ModelOptions,
-        evaluate: Callable[[list[Any]], list[torch.Tensor]],
-    ) -> list[torch.Tensor]:
-        sites = run.sites(model)
-        may_drop = self._may_drop(run, conds, options)
-        text_is_reused = any(site.kind == "cross" for site in sites)
-        pair = _only_pair(conds) if may_drop and text_is_reused else None
-        if not text_is_reused:
-            run.note(_why_no_text_cache(model, sites, run.settings))
-        keeps_guidance = may_drop and run.settings.keeps_guidance
-        refresh = run.step >= run.gate and run.settings.refreshes(run.step - run.gate)
-        # A sampler may jump over the step that stores (dpm_fast): then the first evaluation beyond it stores.
-        opened = run.step >= run.gate and not refresh and (run.guidance is not None or not keeps_guidance)
-        if sites:
-            opened = opened and run.stored_means is (pair is not None)
-            step = run.step if opened else min(run.step, run.gate - 1)
-            step_plan = plan(step, run.gate, run.settings)
-        else:
-            step_plan = StepPlan(Action.COMPUTE, Action.COMPUTE)
-        storing = [site for site in sites if step_plan.action(site.kind) is Action.STORE]
-        if storing:
-            run.cache.begin_store(storing)
-        if step_plan.self_attention is Action.COMPUTE:  # what was kept of it is of no more use
-            run.cache.forget([site for site in sites if site.kind == "self"])
-
-        run.call = MainCall(step_plan, pair)
+        conds: list[Any],
+        evaluate: Evaluate,
+    ) -> list[torch.Tensor] | None:
+        """Do what a plan says. Return the prediction of each list of conds, or None where what was stored did not fit."""
+        for note in plan.notes:
+            run.note(note)
+        run.prepare_cache(plan, sites, {uuid for one in now.active for uuid in one})
+        if plan.must_compute:
+            host.make_easycache_compute(options)
+        lists = now.active if plan.kept is None else (now.active[plan.kept],)
+        run.call = call = MainCall(plan, [uuid for one in lists for uuid in one])
         try:
-            if not (opened and may_drop):
-                outputs = evaluate(conds)
-                if keeps_guidance and step_plan.self_attention is not Action.REUSE:
-                    run.keep_guidance(outputs)
-            else:
-                kept = self._kept_prompt(run, pair, text_is_reused)
-                only = evaluate([cond if index == kept else None for index, cond in enumerate(conds)])[kept]
-                outputs = self._both_prompts(run, only, kept)
-                run.dropped.add(run.step)
-            if refresh:
-                run.refreshed.add(run.step)
+            predictions = evaluate(conds if plan.kept is None else [c if i == plan.kept else None for i, c in enumerate(conds)])
+        except Exception:
+            if call.misfit is None:
+                raise
+            self._note_misfit(run, call.misfit)
+            return None
         finally:
             run.call = None
-        if not run.stopped:
-            if step_plan.cross_attention is Action.STORE:
-                run.stored_means = pair is not None
-            if Action.STORE in (step_plan.cross_attention, step_plan.self_attention):
-                run.cache_peak_bytes = max(run.cache_peak_bytes, run.cache.bytes)
-            self._watch_convergence(run)
-        return outputs
+        if run.stopped:
+            return predictions if plan.kept is None else self._both_prompts(run, predictions[plan.kept], plan.kept)
+        self._take_note(run, plan, call, skipped=host.easycache_skipped(options), predictions=predictions)
+        return predictions if plan.kept is None else self._both_prompts(run, predictions[plan.kept], plan.kept)
+
+    @staticmethod
+    def _note_misfit(run: TGateRun, reason: str) -> None:
+        run.report.misfits.add(run.step)
+        run.misfits += 1
+        if run.misfits >= MOST_MISFITS and run.reuses_text:
+            run.reuses_text = False
+            run.cache.clear()
+            run.note(f"cross-attention is no longer reused: {reason} again and again")
+
+    @staticmethod
+    def _take_note(run: TGateRun, plan: EvaluationPlan, call: MainCall, skipped: bool, predictions: list[torch.Tensor]) -> None:
+        """Keep what an evaluation found, and count what it did."""
+        report, step = run.report, run.step
+        report.evaluated.add(step)
+        if skipped:  # EasyCache answered: nothing was computed, stored or reused
+            report.skipped.add(step)
+            return
+        if plan.keeps_guidance and plan.attention.self_attention is not Action.REUSE:
+            run.keep_guidance(predictions)
+        run.negative_is_old = plan.kept is not None
+        if plan.kept is not None:
+            report.dropped.add(step)
+        if plan.refreshes:
+            report.refreshed.add(step)
+        if plan.stores_late:
+            report.stored_late.add(step)
+        for kind in ("self", "cross"):
+            if plan.attention.action(kind) is Action.REUSE and call.served[kind]:
+                if not call.computed[kind]:
+                    report.reused[kind].add(step)
+                elif kind == "cross":
+                    report.in_part[step] = (call.served[kind], call.served[kind] + call.computed[kind])
+        if call.served["cross"]:
+            run.misfits = 0
+        run.count_memory()
+        TGate._watch_convergence(run)
+
+    @staticmethod
+    def _watch_convergence(run: TGateRun) -> None:
+        """Auto mode: let the gate open after the next step, which stores, once two successive steps agree.
+
+        They must agree after having differed: in the first steps all is noise, and attention changes little before it settles.
+        """
+        change = run.change.finish_step() if run.measures else None
+        if change is None:
+            return
+        run.changes[run.step] = change
+        if change < run.settings.tolerance and change < SETTLED * max(run.changes.values()):
+            run.gate = min(run.gate, run.step + 2)
+            run.change.clear()
 
     @staticmethod
     def _both_prompts(run: TGateRun, only: torch.Tensor, kept: int) -> list[torch.Tensor]:
@@ -148,47 +205,8 @@ class TGate:
         difference = run.guidance.at(run.sigma)
         return [only, only - difference] if kept == POSITIVE else [only + difference, only]
 
-    def _may_drop(self, run: TGateRun, conds: list[Any], options: ModelOptions) -> bool:
-        if not run.settings.drops_cfg:
-            return False
-        if len(conds) > 2:
-            run.note("the guider uses more than a positive and a negative prompt, so all of them are kept")
-        elif len(conds) == 2 and conds[POSITIVE] and conds[NEGATIVE]:
-            if not run.combines_as_cfg:
-                run.note("the guider does not combine its prompts as plain CFG, so the negative prompt is kept")
-            elif host.needs_uncond(options):
-                run.note("the sampler or another node needs the negative prompt at every step, so it is kept")
-            else:
-                return True
-        return False
-
-    def _kept_prompt(self, run: TGateRun, pair: tuple[UUID, UUID] | None, text_is_reused: bool) -> int:
-        if run.settings.cfg_after_gate is not CfgAfterGate.DROP_KEEP_NEGATIVE:
-            return POSITIVE
-        if pair is None:  # without the mean in the cache nothing of the positive prompts would be left
-            several = "several prompts act together, so the positive ones are kept instead of the negative"
-            run.note(
-                several if text_is_reused else "the positive prompt is kept instead of the negative: no cache holds any of it"
-            )
-            return POSITIVE
-        return NEGATIVE
-
-    def _watch_convergence(self, run: TGateRun) -> None:
-        """Auto mode: once two successive steps agree, the next one stores and the gate opens after it.
-
-        They must agree after having differed: in the first steps all is noise, and attention changes little before it settles.
-        """
-        if run.settings.mode is not Mode.AUTO or run.step >= run.gate - 1 or not run.first_at_step:
-            return
-        change = run.change.finish_step()
-        if change is None:
-            return
-        run.changes[run.step] = change
-        if change < run.settings.tolerance and change < SETTLED * max(run.changes.values()):
-            run.gate = min(run.gate, run.step + 2)
-            run.change.clear()
-
     def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Let the attention modules do in one model call what is planned for its evaluation."""
         options = host.apply_model_options(args)
         run: TGateRun | None = host.run_state(options, KEY)
         call = run.call if run is not None else None
@@ -197,6 +215,8 @@ class TGate:
         uuids = host.cond_uuids(options)
         if call.seen.intersection(uuids):
             run.stop("each step calls the model several times for one prompt (tiles or windows)")
+            if call.plan.kept is not None or call.served["cross"]:
+                call.give_up("tiles")
             return executor(*args, **kwargs)
         call.seen.update(uuids)
 
@@ -204,113 +224,56 @@ class TGate:
         actions = self._actions(run, call, options, sites, uuids)
         if Action.STORE in actions.values():
             self._choose_cache_device(run, args[0].device)
-        with ExitStack() as stack:
-            reusing = [site for site in sites if actions[site.kind] is Action.REUSE]
-            stack.enter_context(
-                host.swapped_forward([(site.module, _reuse(site, run, call, uuids, options)) for site in reusing])
-            )
-            for site in sites:
-                if actions[site.kind] is Action.STORE:
-                    hook = _store(site, run, call, uuids, options, batch=args[0].shape[0])
-                elif site.kind == "cross" and self._measures(run):
-                    hook = _measure(site, run, uuids)
-                else:
-                    continue
-                stack.callback(site.projection.register_forward_hook(hook).remove)
-            if actions["cross"] is Action.REUSE:
-                args = tuple(host.with_apply_model_options(args, host.without_replacements(options, "attn2")))
+        if call.plan.kept is not None:
+            host.move_easycache(options, uuids, call.active)
+        if actions["cross"] is Action.REUSE:
+            args = tuple(host.with_apply_model_options(args, host.without_replacements(options, "attn2")))
+        with attention_as(actions, sites, run, call, uuids, options, batch=args[0].shape[0]):
             return executor(*args, **kwargs)
 
     def _actions(
         self, run: TGateRun, call: MainCall, options: TransformerOptions, sites: list[AttentionSite], uuids: list[UUID]
     ) -> dict[Kind, Action]:
         """Return the plan, corrected for what this model call cannot do."""
-        actions: dict[Kind, Action] = {"self": call.plan.self_attention, "cross": call.plan.cross_attention}
+        actions: dict[Kind, Action] = {"self": call.attention.self_attention, "cross": call.attention.cross_attention}
         if actions["self"] is not Action.COMPUTE and host.has_patches(options, "attn1"):
             run.note("another node changes self-attention, so it is always computed")
             actions["self"] = Action.COMPUTE
-        mean = call.pair is not None
-        if actions["cross"] is Action.REUSE and not mean:
+        if actions["cross"] is Action.REUSE and run.reuses_text:
             # A cond that becomes active after the gate (a timestep range) fills the cache when it first appears.
-            if not all(run.cache.holds(site.name, uuids, mean) for site in sites if site.kind == "cross"):
+            if call.pair is None and not run.cache.holds(run.seen_sites, uuids):
                 actions["cross"] = Action.STORE
+            elif host.changes_unseen(options, "attn2"):
+                run.note(
+                    "another node changes cross-attention (IPAdapter and its kin), which is reused as it was when the gate "
+                    "opened: what that node starts or ends later has no effect"
+                )
         return actions
-
-    def _measures(self, run: TGateRun) -> bool:
-        return run.settings.mode is Mode.AUTO and run.step < run.gate - 1 and run.first_at_step
 
     def _choose_cache_device(self, run: TGateRun, device: torch.device) -> None:
         if run.settings.cache_device is CacheDevice.AUTO and run.cache.device is None:
             if host.spare_memory(device) <= 0:
-                run.cache.device = torch.device("cpu")
+                run.cache.device = run.change.device = torch.device("cpu")
                 run.note("little memory is free, so the cache is kept in system memory")
 
 
-def _why_no_text_cache(model: Any, sites: list[AttentionSite], settings: TGateSettings) -> str:
-    if host.is_compiled(model):
-        return "the model is compiled, so only the negative prompt is dropped"
-    text = f"{type(model).__name__} has no separate cross-attention, so only "
-    text += "self-attention is reused and the negative prompt dropped" if sites else "the negative prompt is dropped"
-    return text + (", and auto mode opens the gate at gate_at" if settings.mode is Mode.AUTO else "")
+def situation(run: TGateRun, sites: list[AttentionSite], conds: list[Any], needs_uncond: bool) -> Situation:
+    """Return what is known before an evaluation of ``conds``, the sampler's lists of prompts."""
+    return Situation(
+        step=run.step,
+        gate=run.gate,
+        full_from=run.full_from,
+        prompts=tuple(None if one is None else tuple(cond["uuid"] for cond in one) for one in conds),
+        active=tuple(tuple(cond["uuid"] for cond in one or () if host.is_active(cond, run.sigma)) for one in conds),
+        combines_as_cfg=run.combines_as_cfg,
+        needs_uncond=needs_uncond,
+        reuses_text=any(site.kind == "cross" for site in sites),
+        reuses_any=bool(sites),
+        holds_mean=run.cache.holds_means(run.seen_sites),
+        has_guidance=run.guidance is not None,
+        negative_is_old=run.negative_is_old,
+    )
 
 
-def _only_pair(conds: list[Any]) -> tuple[UUID, UUID] | None:
-    """Return the uuids of the positive and the negative cond where there is exactly one of each."""
-    if len(conds[POSITIVE]) == 1 and len(conds[NEGATIVE]) == 1:
-        return conds[POSITIVE][0]["uuid"], conds[NEGATIVE][0]["uuid"]
-    return None
-
-
-def _reuse(
-    site: AttentionSite, run: TGateRun, call: MainCall, uuids: list[UUID], options: TransformerOptions
-) -> Callable[..., Any]:
-    """Return a forward that returns the stored output instead of calling the attention module."""
-    compute = site.module.forward
-    mean = call.pair is not None and site.name in run.cache.means
-    writable = host.has_output_patches(options)
-
-    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        stored = run.cache.load(site.name, uuids, x, mean)
-        if stored is None:
-            return compute(x, *args, **kwargs)
-        run.reused[site.kind].add(run.step)
-        return site.result(stored.clone() if writable else stored)
-
-    return forward
-
-
-def _store(
-    site: AttentionSite, run: TGateRun, call: MainCall, uuids: list[UUID], options: TransformerOptions, batch: int
-) -> Callable[..., None]:
-    """Return a hook that keeps what the module's last layer returns; it also fires where another pack replaced the attention."""
-    opening, planning = (call.plan.cross_attention is action for action in (Action.STORE, Action.COMPUTE))
-    mean = call.pair is not None and (opening or planning and run.settings.averages_self_attention)
-    shares = [_share_of(uuid, call.pair, run.settings) if opening else 0.5 for uuid in uuids] if call.pair is not None else []
-    resized = site.kind == "cross" and host.has_input_patches(options, "attn2")
-
-    def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        if output.shape[0] % len(uuids) or (resized and output.shape[0] != batch):
-            run.stop("another node changes the batch inside cross-attention")
-        elif run.stopped:
-            return
-        elif mean:
-            run.cache.store_mean(site.name, shares, output)
-        else:
-            run.cache.store(site.name, uuids, output)
-
-    return hook
-
-
-def _share_of(uuid: UUID, pair: tuple[UUID, UUID], settings: TGateSettings) -> float:
-    """Of one of the two prompts in what the gate stores."""
-    if settings.keeps_guidance:
-        kept = NEGATIVE if settings.cfg_after_gate is CfgAfterGate.DROP_KEEP_NEGATIVE else POSITIVE
-        return float(uuid == pair[kept])
-    return settings.positive_share if uuid == pair[POSITIVE] else 1 - settings.positive_share
-
-
-def _measure(site: AttentionSite, run: TGateRun, uuids: list[UUID]) -> Callable[..., None]:
-    def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        run.change.add(site.name, uuids, output)
-
-    return hook
+def _no_text(model: Any) -> str:
+    return f"{type(model).__name__} has no separate cross-attention"
