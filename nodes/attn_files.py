@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import comfy.utils
 import folder_paths
@@ -15,8 +16,11 @@ from safetensors import SafetensorError, safe_open
 
 from ..attention.host import log
 from ..attention.maps import AttnMaps
+from ..attention.maps.matching import maps_of_images
+from ._file_names import with_values
 from ._schema import node_schema
 from ._types import AttnMapsSocket
+from ._workflow import origin_of
 
 _SUFFIX = ".attn.safetensors"
 _FOLDER = "attention"  # below the output folder; what Save writes there by default can be loaded without moving it
@@ -31,7 +35,7 @@ class FoveaSaveAttnMaps(io.ComfyNode):
             description="Saves the attention maps of a run to a file in the output folder, to view later or to share.",
             search_aliases=["export attention maps", "save heat maps", "daam"],
             is_output_node=True,
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id, io.Hidden.dynprompt],
             inputs=[
                 AttnMapsSocket.Input("attn_maps", tooltip="From Capture Attention Maps."),
                 io.Image.Input(
@@ -41,8 +45,8 @@ class FoveaSaveAttnMaps(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default=f"{_FOLDER}/maps",
-                    tooltip="Start of the file's name, in the output folder. Folders and marks such as %year% work as in "
-                    "Save Image.",
+                    tooltip="Start of the file's name, in the output folder. Folders and marks such as %year%, "
+                    "%date:yyyy-MM-dd%, %width% or %KSampler.seed% work as in Save Image.",
                 ),
             ],
             outputs=[AttnMapsSocket.Output(display_name="attn_maps", tooltip="The same attention maps.")],
@@ -50,8 +54,9 @@ class FoveaSaveAttnMaps(io.ComfyNode):
 
     @classmethod
     def execute(cls, attn_maps: AttnMaps, images: io.Image.Type, filename_prefix: str) -> io.NodeOutput:
-        tensors, metadata = attn_maps.state_dict()
-        path = _new_file(filename_prefix)
+        maps = maps_of_images(attn_maps, images, None, origin_of(cls.hidden))
+        tensors, metadata = maps.state_dict()
+        path = _new_file(with_values(filename_prefix, _prompt_of(cls.hidden)), images)
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         comfy.utils.save_torch_file(tensors, str(path), metadata={**metadata, **cls._workflow()})
         log.info("Save Attention Maps: %s", path)
@@ -78,7 +83,8 @@ class FoveaLoadAttnMaps(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=_files(),
-                    tooltip=f"A file ending in {_SUFFIX}, in the input folder or, marked [output], in output/{_FOLDER}.",
+                    tooltip=f"A file ending in {_SUFFIX}, in the input folder or, marked [output], in output/{_FOLDER}, "
+                    "subfolders included.",
                 )
             ],
             outputs=[AttnMapsSocket.Output(display_name="attn_maps", tooltip="The attention maps, for Attention Map Preview.")],
@@ -123,9 +129,10 @@ def _files() -> list[str]:
 
 
 def _names(folder: str) -> list[str]:
-    if not os.path.isdir(folder):
-        return []
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name.endswith(_SUFFIX))
+    """Files in a folder and its subfolders, those of the folder itself first."""
+    found = [os.path.join(path, name) for path, _, names in os.walk(folder) for name in names if name.endswith(_SUFFIX)]
+    names = [Path(os.path.relpath(path, folder)).as_posix() for path in found if os.path.isfile(path)]
+    return sorted(names, key=lambda name: ("/" in name, name))
 
 
 def _existing_file(name: str) -> Path:
@@ -141,13 +148,18 @@ def _existing_file(name: str) -> Path:
     return path
 
 
-def _new_file(prefix: str) -> Path:
+def _prompt_of(hidden: Any) -> dict[str, Any]:
+    return (hidden.prompt if hidden is not None else None) or {}
+
+
+def _new_file(prefix: str, images: io.Image.Type) -> Path:
     """A name that is not taken, in the output folder."""
     if not prefix.strip() or prefix.endswith(("/", "\\")):
         raise ValueError(f"filename_prefix is {prefix!r}: write the start of a name, such as {_FOLDER}/maps.")
     output = folder_paths.get_output_directory()
     _inside(output, prefix, "filename_prefix")  # before ComfyUI makes folders: older versions follow links out
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
+    height, width = images.shape[1:3]
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, output, width, height)
     return _real(folder) / f"{name}_{counter:05}_{_SUFFIX}"
 
 

@@ -20,6 +20,7 @@ from ..attention.maps.views import Request, View, preview
 from ..attention.tgate import TGateSettings
 from ._schema import advanced, node_schema
 from ._types import AttnMapsSocket
+from ._workflow import origin_of, samples_of
 
 
 def _values(options: type[Enum]) -> list[str]:
@@ -38,6 +39,7 @@ class AttnMapPreview(io.ComfyNode):
             ),
             search_aliases=["attention map", "heat map", "daam", "word mask", "prompt mask", "token", "saliency", "segmentation"],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             inputs=[
                 AttnMapsSocket.Input(
                     "attn_maps",
@@ -128,6 +130,40 @@ class AttnMapPreview(io.ComfyNode):
                     optional=True,
                     tooltip="Only with clip: the prompt, exactly as it was encoded.",
                 ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="The latent from the sampler of this image. Only needed where several samplers use the captured "
+                    "model and the right one is not found.",
+                ),
+                advanced(
+                    io.Int.Input(
+                        "batch_index",
+                        default=-1,
+                        min=-1,
+                        max=4095,
+                        optional=True,
+                        tooltip="Show only this image of the batch; the first is 0. -1: all.",
+                    )
+                ),
+                advanced(
+                    io.Int.Input(
+                        "frame",
+                        default=-1,
+                        min=-1,
+                        max=65535,
+                        optional=True,
+                        tooltip="Video only: show this frame; the first is 0. -1: all, or the first one for a single image.",
+                    )
+                ),
+                advanced(
+                    io.Boolean.Input(
+                        "largest_part",
+                        default=False,
+                        optional=True,
+                        tooltip="Keep only the largest connected area of each mask, measured at threshold.",
+                    )
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="view", tooltip="The images shown in the node."),
@@ -138,6 +174,16 @@ class AttnMapPreview(io.ComfyNode):
                 io.String.Output(
                     display_name="figures",
                     tooltip="Statistics of each word as JSON: peak, area, share of attention and change over the steps.",
+                ),
+                io.Float.Output(
+                    display_name="strengths",
+                    is_output_list=True,
+                    tooltip="The share of all attention that each word gets, in the order of the masks.",
+                ),
+                io.Float.Output(
+                    display_name="areas",
+                    is_output_list=True,
+                    tooltip="The part of the image at or above threshold, for each word, in the order of the masks.",
                 ),
             ],
         )
@@ -158,6 +204,10 @@ class AttnMapPreview(io.ComfyNode):
         query_y: float = 0.5,
         clip: Any = None,
         text: str = "",
+        latent: dict[str, Any] | None = None,
+        batch_index: int = -1,
+        frame: int = -1,
+        largest_part: bool = False,
     ) -> io.NodeOutput:
         request = Request(
             view=View(view),
@@ -169,15 +219,22 @@ class AttnMapPreview(io.ComfyNode):
             clip=clip,
             text=text,
             default_gate=TGateSettings().gate_step,
+            latent=samples_of(latent),
+            origin=origin_of(cls.hidden),
+            batch_index=batch_index,
+            frame=frame,
+            largest_part=largest_part,
         )
         shown = preview(attn_maps, images, request)
-        pointing = pointing_data(attn_maps, prompt, clip, text, shown.drawn, shown.sources)
-        for note in attn_maps.notes:
+        pointing = pointing_data(shown.maps, prompt, clip, text, shown.drawn, shown.sources)
+        for note in shown.report["notes"]:
             log.info("Attention Map Preview: %s", note)
         return io.NodeOutput(
             shown.images,
             shown.masks,
-            json.dumps(shown.report, ensure_ascii=False, indent=2),
+            json.dumps(shown.report, ensure_ascii=False, indent=2, allow_nan=False),
+            shown.strengths,
+            shown.areas,
             ui={**ui.PreviewImage(shown.images, cls=cls).as_dict(), **_pointing_ui(pointing)},
         )
 

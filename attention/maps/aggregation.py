@@ -30,8 +30,7 @@ def aggregate(
             if kept == 1 and layer.heads > 1:
                 raise ValueError("Single heads were not kept. Switch on 'per_head' in Capture Attention Maps and sample again.")
             chosen = chosen[[checked_index(head, kept, "head") for head in heads]]
-        if positions is not None:
-            chosen = chosen[:, checked_positions(positions, maps.tokens)]
+        chosen = maps.tokens_of(chosen, None if positions is None else checked_positions(positions, maps.tokens), 1)
         heads_here = layer.heads if heads is None else len(heads)
         total = total + resize_maps(chosen.float(), maps.grid[1:]).mean(0) * heads_here
         weight += heads_here

@@ -21,31 +21,62 @@ from ..networks.grids import resize_maps
 from .aggregation import Size, aggregate, cell_at, checked_index, checked_positions, listed, on_canvas, step_map
 from .file_format import from_tensors, to_tensors
 from .recording import PromptMaps, Recording
+from .runs import Run, fit, with_run
 
 
 class AttnMaps:
-    """The ATTN_MAPS socket: an empty handle until sampling fills it, then the maps of the last run."""
+    """The ATTN_MAPS socket: an empty handle until sampling fills it, then the maps of the runs that are kept.
+
+    Everything that asks for maps is answered from the last run; ``matching.maps_of_images`` returns those of another one.
+
+    Attributes:
+        runs: the newest last.
+        released: nodes whose runs are not kept any more.
+        shown: what each node of the workflow showed, by id: the numbers of the runs, and how many the handle had had by then.
+    """
 
     def __init__(self, recording: Recording | None = None) -> None:
-        self._recording = recording
+        self.runs: list[Run] = [] if recording is None else [Run(recording)]
+        self.released: set[str] = set()
+        self.shown: dict[str, tuple[set[int], int]] = {}
+        self._count = len(self.runs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttnMaps:
         """Return the same handle: ComfyUI copies what hangs on a model, and sampling has to fill the one the preview holds."""
         return self
 
-    def fill(self, recording: Recording) -> None:
-        """Take over a finished run."""
-        self._recording = recording
+    def fill(self, run: Recording | Run, limit: int | None = None) -> None:
+        """Take over a finished run; all runs together stay below ``limit`` bytes."""
+        new = run if isinstance(run, Run) else Run(run)
+        self._count += 1
+        new.number = self._count
+        kept = with_run(self.runs, new)
+        self._keep(kept if limit is None else fit(kept, limit))
+        if new.node is not None:
+            self.released.discard(new.node.node)
+
+    def _keep(self, runs: list[Run]) -> None:
+        self.released |= {run.node.node for run in self.runs if run not in runs and run.node is not None}
+        self.runs = runs
+        self.released -= {run.node.node for run in runs if run.node is not None}
+
+    def note_shown(self, node: str, runs: list[Run], sharing: set[str]) -> None:
+        """Remember what a node shows, and let go of runs that no node does, once all that share the handle have shown theirs."""
+        self.shown[node] = ({run.number for run in runs}, self._count)
+        if all(other in self.shown for other in sharing):
+            wanted = set().union(*(self.shown[other][0] for other in sharing))
+            since = min(self.shown[other][1] for other in sharing)
+            self._keep([run for run in self.runs if run.number in wanted or run.number > since])
 
     def require(self) -> Recording:
         """Return the recording, or an error that says what to do."""
-        if self._recording is None:
+        if not self.runs:
             raise ValueError(
                 "There are no attention maps yet: no sampler has run with the model that comes out of Capture Attention Maps. "
                 "Connect that model to the sampler and take the image from this sampler. If the sampler is cached from an "
                 "earlier run, change its seed."
             )
-        return self._recording
+        return self.runs[-1].recording
 
     # What there is
 
@@ -183,7 +214,7 @@ class AttnMaps:
                     "in 'layers' of Capture Attention Maps."
                 )
             chosen = step_map(maps, step)[index].float()
-            chosen = chosen if positions is None else chosen[checked_positions(positions, maps.tokens)]
+            chosen = maps.tokens_of(chosen, None if positions is None else checked_positions(positions, maps.tokens), 0)
         else:
             chosen = aggregate(maps, index, positions, layers, heads)
         chosen = chosen.mean(1) if frame is None else chosen[:, checked_index(frame, chosen.shape[1], "frame")]
@@ -236,7 +267,9 @@ class AttnMaps:
         if maps.figures is None or not maps.steps:
             raise ValueError("Nothing was recorded step by step in this run.")
         index = checked_index(batch, self.batch, "image")
-        mass, change, norm = (getattr(maps.figures, name)[:, index] for name in ("mass", "change", "norm"))
+        mass, change, norm = (
+            maps.tokens_of(getattr(maps.figures, name)[:, index], None, 1) for name in ("mass", "change", "norm")
+        )
         rows = [checked_positions(positions, maps.tokens) for positions in words]
         changes = [(change[:, row].sum(1) / norm[:, row].sum(1).clamp_min(1e-30)).sqrt() for row in rows]
         masses = [mass[:, row].sum(1) for row in rows]

@@ -12,6 +12,7 @@ Nothing is kept on the model: a run's state is made when sampling starts, and be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import uuid4
@@ -21,27 +22,47 @@ from torch import Tensor
 
 from .. import host
 from ..host import ModelOptions, StepClock, TransformerOptions, follow_sampler, log, read_sigma
+from ..networks.grids import layer_grid
 from ..networks.layer_names import parse_layers
 from ..networks.layers import AttentionLayer, attention_layers
-from ..networks.table import unknown_network_message
+from ..networks.table import network_layout, unknown_network_message
 from .attn_maps import AttnMaps
 from .observer import ModelCall
 from .recorder import CaptureRun
+from .runs import Run
 from .settings import CaptureSettings
 
 KEY = "fovea.capture"
+_LEVELS = 1024  # side of a latent on which all levels of a U-Net differ
 
 
 def chosen_layers(network: torch.nn.Module, text: str) -> list[AttentionLayer]:
-    """Return the layers that ``text`` names; where it is empty, all but a U-Net's middle block (DAAM's set)."""
+    """Return the layers that ``text`` names; where it is empty, DAAM's set: no middle block or coarsest level of a U-Net."""
     layers = attention_layers(network)
     names = list(dict.fromkeys(layer.name for layer in layers))
     if not text.strip():
-        return [layer for layer in layers if not layer.name.startswith("middle")]
+        return [layer for layer in layers if not layer.name.startswith("middle") and not _is_eighth(network, layer)]
     if all(layer.kind == "unknown" for layer in layers):
         raise ValueError(f"layers is '{text}', but {unknown_network_message(network)}. Leave layers empty.")
     chosen = set(parse_layers(text, names))
     return [layer for layer in layers if layer.name in chosen]
+
+
+def _kept_latent(latent: Tensor, shapes: Sequence[Sequence[int]] | None) -> Tensor:
+    """Return what a run is known by: the latent in half precision; of video and sound that come packed, the video."""
+    if shapes is not None and len(shapes) > 1:
+        latent = latent.reshape(latent.shape[0], -1)[:, : math.prod(shapes[0][1:])].reshape(latent.shape[0], *shapes[0][1:])
+    with torch.inference_mode(False), torch.no_grad():
+        return latent.detach().to("cpu", torch.float16, copy=True)
+
+
+def _is_eighth(network: torch.nn.Module, layer: AttentionLayer) -> bool:
+    """Return whether a layer's maps of words are eight times smaller than the latent, and so left out by DAAM."""
+    layout = network_layout(network)
+    if layout is None or layout.family != "U-Net" or layer.kind == "self":
+        return False
+    grid = layer_grid(network, layout, layer.name, (1, 1, _LEVELS, _LEVELS))
+    return grid is not None and grid[1] * 8 <= _LEVELS
 
 
 class Capture:
@@ -62,7 +83,13 @@ class Capture:
         run = CaptureRun(self.settings, StepClock.from_sigmas(sigmas), guider)
         with host.run_scope(guider, self.key, run):
             result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        self.maps.fill(run.recording())
+        start, end = (_kept_latent(latent, kwargs.get("latent_shapes")) for latent in (latent_image, result))
+        run.meta["pixels_per_latent"] = host.pixels_per_latent(guider.model_patcher)
+        run.meta["latent"] = list(end.shape[-2:])
+        if end.ndim == 5:
+            run.meta["frames_per_latent"] = host.frames_per_latent(guider.model_patcher)
+        seed = args[3] if len(args) > 3 else kwargs.get("seed")
+        self.maps.fill(Run(run.recording(), start, end, seed, host.executing_node()), run.limit)
         log.info(run.summary())
         return result
 

@@ -13,7 +13,8 @@ from ..networks.grids import Grid
 from .recording import LayerMaps, PromptMaps, Recording, SelfAttention, StepFigures
 
 _FORMAT = "fovea.attn_maps"
-_VERSION = 1
+# 2: padding has no maps of its own. Maps that hold all tokens are still written as 1, which older versions read.
+_VERSION = 2
 
 
 def to_tensors(recording: Recording) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -39,12 +40,14 @@ def to_tensors(recording: Recording) -> tuple[dict[str, Tensor], dict[str, str]]
                 "area": maps.area,
                 "metadata": maps.metadata,
                 "rows": maps.rows,
+                "kept": maps.kept,
+                "fingerprint": maps.fingerprint,
                 "layers": [[name, layer.heads] for name, layer in maps.layers.items()],
                 "self_attention": [[entry.grid, entry.weight] for entry in maps.self_attention],
             }
         )
     described = {
-        "version": _VERSION,
+        "version": _VERSION if any(maps.kept is not None for maps in recording.prompts) else 1,
         "sigmas": recording.sigmas,
         "batch": recording.batch,
         "grid": recording.grid,
@@ -106,6 +109,8 @@ def _restored(number: int, entry: dict[str, Any], tensors: Mapping[str, Tensor])
         area=None if entry["area"] is None else cast(Any, tuple(float(side) for side in entry["area"])),
         metadata=entry["metadata"],
         rows=int(entry["rows"]),
+        kept=None if entry.get("kept") is None else [int(position) for position in entry["kept"]],
+        fingerprint=str(entry.get("fingerprint", "")),
     )
 
 
@@ -113,16 +118,18 @@ def _check_shapes(recording: Recording) -> None:
     """Raise TypeError where a tensor is not what its description says."""
     batch = recording.batch
     for maps in recording.prompts:
+        if maps.kept is not None and not all(0 <= position < maps.tokens for position in maps.kept):
+            raise TypeError(f"tokens {maps.kept} are not of a prompt of {maps.tokens}")
         shapes: list[tuple[Tensor, tuple[int, ...]]] = []
         for layer in maps.layers.values():
             _, heads, _, frames, height, width = layer.maps.shape
-            shapes.append((layer.maps, (batch, heads, maps.tokens, frames, height, width)))
+            shapes.append((layer.maps, (batch, heads, maps.stored, frames, height, width)))
         for entry in maps.self_attention:
             shapes.append((entry.matrix, (batch, math.prod(entry.grid), math.prod(entry.grid))))
         if maps.step_maps is not None:
-            shapes.append((maps.step_maps, (len(maps.steps), batch, maps.tokens, *maps.grid)))
+            shapes.append((maps.step_maps, (len(maps.steps), batch, maps.stored, *maps.grid)))
         if maps.figures is not None:
-            shapes += [(figure, (len(maps.steps), batch, maps.tokens)) for figure in vars(maps.figures).values()]
+            shapes += [(figure, (len(maps.steps), batch, maps.stored)) for figure in vars(maps.figures).values()]
         for tensor, expected in shapes:
             if tuple(tensor.shape) != expected:
                 raise TypeError(f"a tensor has the shape {tuple(tensor.shape)} instead of {expected}")

@@ -16,8 +16,9 @@ import torch
 
 from .attn_maps import AttnMaps
 from .drawing.render import resize_heat
+from .heats import Source
 from .views import Drawn
-from .words import Source, Word, every_word, read_prompt
+from .words import Word, every_word, read_prompt
 
 _VERSION = 1
 _MOST_CELLS = 1_500_000

@@ -137,39 +137,47 @@ class ModelCall:
         """Cut text and image columns out of every row's softmax, and add them to each prompt's sums."""
         batch, heads, queries = inputs.batch, inputs.heads, math.prod(place.grid)
         text = place.text
-        size = 0 if text is None else 4 * batch * heads * (text.stop - text.start) * queries
+        size = 0 if text is None else 4 * batch * heads * self._stored(text.stop - text.start) * queries
         kept = heads if self.run.keeps_heads(size) else 1
         own = self_grid(place.grid, self.run.self_tokens)
-        maps = inputs.q.new_empty(batch, kept, text.stop - text.start, queries, dtype=torch.float32) if text else None
+        parts: list[list[Tensor]] = [[] for _ in self.tracks]
         looks = inputs.q.new_empty(batch, queries, math.prod(own), dtype=torch.float32) if keeps_self else None
         for start, rows in row_probabilities(inputs, place.rows):
-            end = start + rows.shape[2]
-            if text is not None and maps is not None:
+            if text is not None:
                 columns = rows[..., text]
                 if place.repeated_text is not None:
                     repeated = place.repeated_text.stop - place.repeated_text.start
                     columns = torch.cat([columns[..., :-repeated], columns[..., -repeated:] + rows[..., place.repeated_text]], -1)
-                columns = columns if kept > 1 else columns.mean(1, keepdim=True)
-                maps[..., start:end] = columns.transpose(-1, -2)
+                for track, chunk, part in zip(self.tracks, columns.chunk(len(self.tracks)), parts, strict=True):
+                    shown = track.without_padding(self._folded(chunk if kept > 1 else chunk.mean(1, keepdim=True), track))
+                    part.append(shown.transpose(-1, -2).contiguous())
             if looks is not None:
-                looks[:, start:end] = pooled_mass(rows[..., place.image].sum(1), place.grid, own)
-        if maps is not None:
+                looks[:, start : start + rows.shape[2]] = pooled_mass(rows[..., place.image].sum(1), place.grid, own)
+        if text is not None:
             self.seen.add(layer.name)
-        for index, track in enumerate(self.tracks):
-            chunk = slice(index * batch // len(self.tracks), (index + 1) * batch // len(self.tracks))
-            if maps is not None:
-                self.run.add_text(track, layer.name, heads, self._folded(maps[chunk], track).unflatten(-1, place.grid))
+        for index, (track, part) in enumerate(zip(self.tracks, parts, strict=True)):
+            if part:
+                maps = part[0] if len(part) == 1 else torch.cat(part, -1)
+                self.run.add_text(track, layer.name, heads, maps.unflatten(-1, place.grid))
             if looks is not None:
+                chunk = slice(index * batch // len(self.tracks), (index + 1) * batch // len(self.tracks))
                 self.run.add_self(track, own, heads, pooled_queries(looks[chunk], place.grid, own))
 
-    def _folded(self, maps: Tensor, track: Track) -> Tensor:
-        """ComfyUI repeats a shorter prompt to the length of a longer one it is batched with, and pads some on the left."""
-        tokens, rows = maps.shape[2], track.rows
+    def _stored(self, tokens: int) -> int:
+        """Return how many of a text's tokens get maps of their own, the mean over the prompts of the batch."""
+        return max(tokens - sum(len(track.padding) for track in self.tracks) // len(self.tracks), 1)
+
+    def _folded(self, columns: Tensor, track: Track) -> Tensor:
+        """Return attention (..., tokens) to the prompt's own rows.
+
+        ComfyUI repeats a shorter prompt to the length of a longer one it is batched with, and pads some on the left.
+        """
+        tokens, rows = columns.shape[-1], track.rows
         if rows and self.left_padded and tokens > rows:
-            return maps[:, :, tokens - rows :]
+            return columns[..., tokens - rows :]
         if rows and self.repeats_text and tokens == self.text and tokens % rows == 0:
-            return maps.unflatten(2, (-1, rows)).sum(2)
-        return maps
+            return columns.unflatten(-1, (-1, rows)).sum(-2)
+        return columns
 
     # Where the tokens are
 
@@ -193,8 +201,6 @@ class ModelCall:
         if layer.kind == "unknown" and inputs.keys != self.text:
             self._note_unplaced(layer)
             return None
-        if self._is_eighth(grid):
-            return None
         return Placement(grid, rows, slice(0, inputs.keys), None)
 
     def _place_joint(self, inputs: AttentionInputs, grid: Grid) -> Placement | None:
@@ -211,11 +217,6 @@ class ModelCall:
             if size is not None:
                 return 1, *size
         return token_grid(self.network, self.layout, self.latent, inputs.queries)
-
-    def _is_eighth(self, grid: Grid) -> bool:
-        """DAAM leaves out maps that are eight times smaller than the latent, unless they are asked for."""
-        unet = self.layout is not None and self.layout.family == "U-Net"
-        return unet and not self.run.settings.layers.strip() and self.latent[-2] >= 8 * grid[1] and self.latent[-1] >= 8 * grid[2]
 
     def _note_unplaced(self, layer: AttentionLayer) -> None:
         if layer.kind in ("cross", "joint"):

@@ -23,7 +23,8 @@ from .. import host
 from ..host import StepClock, TransformerOptions
 from ..networks.grids import Grid, resize_maps
 from ..networks.layer_names import list_layers
-from ..prompts.conditioning import METADATA
+from ..prompts import METADATA, encoded_fingerprint, known_metadata
+from .padding import padding_of
 from .recording import LayerMaps, PromptMaps, Recording, SelfAttention, StepFigures
 from .settings import CaptureSettings
 from .sums import SELF_TOKENS, LayerSum, SelfSum, Track, grid_of, pooled, pooled_self, size_of
@@ -124,7 +125,12 @@ class CaptureRun:
             top, left = area[2 * dims - 2 :]
             height, width = self.image
             placed = (top / height, left / width, tall / height, wide / width)
-        return Track(prompt, 0 if text is None else text.shape[1], placed, cond.get(METADATA))
+        known = cond.get(METADATA)
+        if known is None or "conditioning_length" in known:
+            known = known_metadata(cond)
+        rows = 0 if text is None else text.shape[1]
+        fingerprint = "" if text is None else encoded_fingerprint(text)
+        return Track(prompt, rows, placed, known, padding_of(known, text), fingerprint)
 
     def note(self, text: str) -> None:
         """Something the artist should know; said once, in the run's log line and in the maps."""
@@ -269,7 +275,7 @@ class CaptureRun:
             figures = StepFigures(*(torch.stack(values).cpu().clone() for values in zip(*track.figures, strict=True)))
         return PromptMaps(
             prompt=track.prompt,
-            tokens=max(tokens, default=0),
+            tokens=max(tokens, default=0) if track.kept is None else track.tokens or 0,
             grid=grid,
             layers=layers,
             steps=track.steps,
@@ -282,6 +288,8 @@ class CaptureRun:
             area=track.area,
             metadata=track.metadata,
             rows=track.rows,
+            kept=track.kept if layers else None,
+            fingerprint=track.fingerprint,
         )
 
     def _final(self, layer: LayerSum, grid: Grid, resized_fit: bool) -> Tensor:

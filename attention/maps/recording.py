@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..networks.grids import Grid
@@ -67,6 +69,8 @@ class PromptMaps:
         area: top, left, height, width of the part of the image that the conditioning acts on, as fractions; None: all.
         metadata: what the prompt's encoder left in the conditioning (``tokens.METADATA``), plain data.
         rows: rows of the conditioning tensor (tokens that a network joins behind them are not counted).
+        kept: the tokens that have maps of their own, in order; the sum of all others, padding, stands behind them. None: all.
+        fingerprint: of the rows of the conditioning (``prompts.encoded_fingerprint``), to compare a typed prompt with.
     """
 
     prompt: str
@@ -80,6 +84,37 @@ class PromptMaps:
     area: tuple[float, float, float, float] | None = None
     metadata: dict[str, Any] | None = None
     rows: int = 0
+    kept: list[int] | None = None
+    fingerprint: str = ""
+
+    @property
+    def stored(self) -> int:
+        """Return how many token maps each tensor holds."""
+        return self.tokens if self.kept is None else len(self.kept) + 1
+
+    def rows_of(self, positions: Sequence[int] | None) -> tuple[list[int] | None, list[float]]:
+        """Return the index and the share of each token among the stored ones; None as indices: as they are.
+
+        A token without a map of its own gets an equal part of the sum of all such tokens.
+        """
+        if self.kept is None:
+            return (None, []) if positions is None else (list(positions), [1.0] * len(positions))
+        own = {position: at for at, position in enumerate(self.kept)}
+        others = max(self.tokens - len(self.kept), 1)
+        wanted = range(self.tokens) if positions is None else positions
+        return [own.get(each, len(self.kept)) for each in wanted], [1.0 if each in own else 1 / others for each in wanted]
+
+    def tokens_of(self, values: Tensor, positions: Sequence[int] | None, dim: int) -> Tensor:
+        """Return the entries of some tokens (default: all) along the dimension of a tensor that holds the stored ones."""
+        rows, shares = self.rows_of(positions)
+        if rows is None:
+            return values
+        chosen = values.index_select(dim, torch.tensor(rows, dtype=torch.long, device=values.device))
+        if all(share == 1 for share in shares):
+            return chosen
+        shape = [1] * chosen.ndim
+        shape[dim] = len(shares)
+        return chosen * torch.tensor(shares, dtype=chosen.dtype, device=chosen.device).view(shape)
 
 
 @dataclass

@@ -46,6 +46,10 @@ class Track:
     """Everything that one entry of a prompt's conditioning gets.
 
     Attributes:
+        rows: of the conditioning tensor.
+        padding: tokens that no view can show; their maps are added up to one.
+        fingerprint: of the conditioning tensor.
+        tokens: of the text in the network's context, once they are known.
         step: this step's maps by grid: the sum over layers and heads, and how many went in.
         before: the last step's maps on the finest grid, (batch, tokens, frames, height, width).
         step_maps: every step's, in half precision, where they were made: each copy to the CPU would be waited for.
@@ -55,6 +59,9 @@ class Track:
     rows: int
     area: tuple[float, float, float, float] | None
     metadata: dict[str, Any] | None
+    padding: frozenset[int] = frozenset()
+    fingerprint: str = ""
+    tokens: int | None = None
     layers: dict[str, LayerSum] = field(default_factory=dict)
     self_sums: dict[Grid, SelfSum] = field(default_factory=dict)
     step: dict[Grid, tuple[Tensor, int]] = field(default_factory=dict)
@@ -62,6 +69,23 @@ class Track:
     steps: list[int] = field(default_factory=list)
     step_maps: list[Tensor] = field(default_factory=list)
     figures: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def kept(self) -> list[int] | None:
+        """Return the tokens that have maps of their own; None: all."""
+        if self.tokens is None or not self.padding:
+            return None
+        return [position for position in range(self.tokens) if position not in self.padding]
+
+    def without_padding(self, columns: Tensor) -> Tensor:
+        """Return attention (..., tokens) with that to padding added up behind that to all other tokens."""
+        if self.tokens is None:
+            self.tokens = columns.shape[-1]
+        kept = self.kept
+        if kept is None or columns.shape[-1] != self.tokens:
+            return columns
+        chosen = columns[..., kept]
+        return torch.cat([chosen, (columns.sum(-1, keepdim=True) - chosen.sum(-1, keepdim=True)).clamp(min=0)], -1)
 
     @property
     def finest(self) -> Grid:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -38,10 +38,19 @@ from .drawing.render import (
     segments,
     strip,
 )
-from .words import Source, Word, choose_words, read_prompt
+from .figures import flat_figures, has_gaps, heat_figures, or_zero, word_figures
+from .heats import Source
+from .matching import maps_of_images
+from .origin import Origin
+from .pairing import pair, paired
+from .regions import largest_part
+from .words import Word, choose_words, read_prompt
+
+__all__ = ["Drawn", "Preview", "Request", "View", "chosen_steps", "heat_figures", "pair", "preview"]
 
 # All overlays together have at most this many pixels; with very many words they are drawn smaller.
 _MOST_PIXELS = 64_000_000
+_MOST_FIGURES = 64
 _FRAMES, _FRAME_SIDE = 8, 256
 _COLUMNS = 8
 _HEADS = 16
@@ -58,7 +67,14 @@ class View(str, Enum):
 
 @dataclass(frozen=True)
 class Request:
-    """What the artist asked for. ``query``: x and y as fractions of width and height."""
+    """User settings of the preview.
+
+    Attributes:
+        query: x and y as fractions of width and height.
+        latent: what the sampler returned, to name the run; origin: where the images come from in the workflow.
+        batch_index, frame: only this image of the batch, this frame of the video; -1: all.
+        largest_part: masks keep only the largest of the areas above the threshold.
+    """
 
     view: View = View.OVERLAY
     prompt: str = "positive"
@@ -69,6 +85,11 @@ class Request:
     clip: Any = None
     text: str = ""
     default_gate: Callable[[int], int] = lambda steps: round(0.4 * steps)
+    latent: torch.Tensor | None = None
+    origin: Origin | None = None
+    batch_index: int = -1
+    frame: int = -1
+    largest_part: bool = False
 
     def __post_init__(self) -> None:
         for name, value in zip(("query_x", "query_y"), self.query, strict=True):
@@ -91,6 +112,8 @@ class Preview:
     masks: (images * words, height, width of the images).
     drawn: the figures, each with its place in ``images``, for pointing at things.
     sources: what each image was paired with.
+    maps: of the run that made the images.
+    strengths, areas: of each mask: the share of all attention, the part of the image at or above the threshold.
     """
 
     images: torch.Tensor
@@ -98,17 +121,33 @@ class Preview:
     report: dict[str, Any]
     drawn: list[Drawn]
     sources: list[Source]
+    maps: AttnMaps
+    strengths: list[float]
+    areas: list[float]
 
 
 def preview(maps: AttnMaps, images: torch.Tensor, request: Request) -> Preview:
     """Draw one view of the maps for a batch of images (images, height, width, 3), with progress; it can be cancelled."""
     images = images[..., :3].float().cpu()
-    sources = pair(maps, images, request.prompt)
+    maps = maps_of_images(maps, images, request.latent, request.origin)
+    chosen = paired(maps, images, request.prompt, request.batch_index, request.frame)
+    images, sources, notes = chosen.images, chosen.sources, [*maps.notes, *chosen.notes]
     if request.view is View.SELF_ATTENTION:
         drawn, masks, figures = _self_attention(sources, images, request)
     else:
-        words = choose_words(read_prompt(maps, request.prompt, request.clip, request.text), request.words)
-        drawn, masks, figures = _word_view(sources, images, words, request)
+        infos = read_prompt(maps, request.prompt, request.clip, request.text)
+        words = choose_words(infos, request.words)
+        notes += [f"words: {word.missing} Its mask is empty." for word in words if word.missing]
+        asked = bool(request.words.strip()) or any(info.subjects for info in infos)
+        if not asked and len(words) * len(images) > _MOST_FIGURES:
+            most = max(_MOST_FIGURES // len(images), 1)
+            notes.append(f"the first {most} of {len(words)} words are shown; name others in 'words'")
+            words = words[:most]
+        drawn, masks, figures, left_out = _word_view(sources, images, words, request)
+        if left_out:
+            notes.append(f"the first {len(words) - left_out} of {len(words)} words are drawn; all have masks")
+    entries = [entry for picture in figures for entry in picture.get("words", [picture])]
+    strengths, areas = ([or_zero(entry.get(name)) for entry in entries] for name in ("strength", "area"))
     report = {
         "view": request.view.value,
         "prompt": request.prompt,
@@ -117,36 +156,13 @@ def preview(maps: AttnMaps, images: torch.Tensor, request: Request) -> Preview:
         "steps": maps.steps,
         "layers": maps.layers,
         "pictures": figures,
-        "notes": list(maps.notes),
+        "notes": notes,
+        **flat_figures(figures),
     }
-    return Preview(_stack([entry.figure for entry in drawn]), masks, report, drawn, sources)
-
-
-def pair(maps: AttnMaps, images: torch.Tensor, prompt: str) -> list[Source]:
-    """Return what was captured of each image.
-
-    Image b belongs to entry b of the captured batch; the map of a single entry serves any number of images. The frames
-    of a video are spread evenly over its latent frames.
-    """
-    maps.of(prompt)  # says why, where there is nothing
-    count, height, width = images.shape[:3]
-    rows, columns = maps.grid
-    if abs(columns - rows * width / height) > 1 + 0.04 * columns and abs(rows - columns * height / width) > 1 + 0.04 * rows:
-        raise ValueError(
-            f"images is {width} x {height}, but the sampled image has another shape (its maps are {columns} x {rows}). "
-            "Connect the image as VAE Decode gives it, before cropping or outpainting."
-        )
-    if count == maps.batch and maps.frames == 1:
-        return [Source(maps, prompt, batch) for batch in range(count)]
-    if count % maps.batch == 0 and (maps.batch == 1 or maps.frames > 1):
-        each = count // maps.batch
-        last = maps.frames - 1
-        frames = [None if maps.frames == 1 else round(at * last / max(each - 1, 1)) for at in range(each)]
-        return [Source(maps, prompt, batch, frame) for batch in range(maps.batch) for frame in frames]
-    raise ValueError(
-        f"images has {count} images, but {maps.batch} were sampled. Connect the whole batch as VAE Decode gives it, in the "
-        "same order."
-    )
+    if has_gaps(figures):
+        notes.append("numbers that are not finite are null: the latent or the attention has NaN or infinite values")
+    sheets = _stack([entry.figure for entry in drawn])
+    return Preview(sheets, masks, report, drawn, sources, maps, strengths, areas)
 
 
 def _stack(figures: Sequence[Figure]) -> torch.Tensor:
@@ -175,6 +191,12 @@ class _Shown:
     def size(self) -> tuple[int, int]:
         return self.image.shape[0], self.image.shape[1]
 
+    def first(self, count: int) -> _Shown:
+        """Return the same image with the first of its words."""
+        if count >= len(self.words):
+            return self
+        return replace(self, words=self.words[:count], heats=self.heats[:count], scales=self.scales[:count])
+
     def about(self, *facts: str) -> str:
         """Return the line under a title."""
         which = [f"image {self.index + 1} of {self.count}"] if self.count > 1 else []
@@ -183,8 +205,10 @@ class _Shown:
 
 def _word_view(
     sources: Sequence[Source], images: torch.Tensor, words: Sequence[Word], request: Request
-) -> tuple[list[Drawn], torch.Tensor, list[dict[str, Any]]]:
+) -> tuple[list[Drawn], torch.Tensor, list[dict[str, Any]], int]:
+    """Return figures, masks, numbers, and how many of the words are not drawn."""
     draw = _DRAWERS[request.view]
+    most = max(_MOST_FIGURES // len(images), 1)
     drawn: list[Drawn] = []
     masks = torch.empty(len(images) * len(words), *images.shape[1:3])
     figures = []
@@ -192,57 +216,22 @@ def _word_view(
     for index, (source, image) in enumerate(zip(sources, images, strict=True)):
         heats = source.heats(words)
         entry = _Shown(index, len(images), image, source, words, heats, scales(heats, request.normalize))
-        for at, figure in enumerate(draw(entry, request), 1):
+        for at, figure in enumerate(draw(entry.first(most), request), 1):
             drawn.append(Drawn(figure, index))
             progress.show(index + at / len(words) / 2)
         for at, (heat, scale) in enumerate(zip(heats, entry.scales, strict=True)):
             progress.show(index + 0.5 + at / len(words) / 2)
-            masks[index * len(words) + at] = scale.apply(resize_heat(heat, entry.size))
-        figures.append({"picture": index + 1, "words": [_figures(entry, at, request) for at in range(len(words))]})
+            mask = scale.apply(resize_heat(heat, entry.size))
+            if request.largest_part:
+                mask *= largest_part(scale.apply(heat), request.style.threshold, entry.size)
+            masks[index * len(words) + at] = mask
+        figures.append({"picture": index + 1, "words": [_word_figures(entry, at, request) for at in range(len(words))]})
         progress.show(index + 1)
-    return drawn, masks, figures
+    return drawn, masks, figures, max(len(words) - most, 0)
 
 
-def _figures(entry: _Shown, at: int, request: Request) -> dict[str, Any]:
-    word, heat = entry.words[at], entry.heats[at]
-    facts = {"word": word.name, "tokens": sorted({position for places in word.places.values() for position in places})}
-    return facts | heat_figures(heat, entry.scales[at], request.style.threshold) | _settling(entry.source, word)
-
-
-def heat_figures(heat: torch.Tensor, scale: Scale, threshold: float) -> dict[str, Any]:
-    """Return numbers of one heat map.
-
-    peak: its highest value and where it is (fractions of width and height, centre of the cell); mean: over all places;
-    area: the part of the image at or above the threshold; entropy: 0 where all heat is in one place, 1 where it is the
-    same everywhere.
-    """
-    rows, columns = heat.shape
-    row, column = divmod(int(heat.argmax()), columns)
-    total = float(heat.sum())
-    spread = heat.flatten() / total if total > 0 else torch.full((heat.numel(),), 1 / heat.numel())
-    entropy = float(-(spread * spread.clamp(min=1e-30).log()).sum()) / math.log(max(heat.numel(), 2))
-    return {
-        "peak": {"x": _short((column + 0.5) / columns), "y": _short((row + 0.5) / rows), "value": _short(float(heat.max()))},
-        "lowest": _short(float(heat.min())),
-        "mean": _short(float(heat.mean())),
-        "area": _short(float((scale.apply(heat) >= threshold).float().mean())),
-        "entropy": _short(entropy),
-    }
-
-
-def _settling(source: Source, word: Word) -> dict[str, Any]:
-    """Return the word's share of all attention, and how it settled step by step (steps count from 1)."""
-    if any(source.maps.of(source.prompt, cond).figures is None for cond in word.places):
-        return {}
-    steps, change, mass = source.convergence(word)
-    changes = [None if math.isnan(value) else _short(value) for value in change.tolist()]
-    masses = [_short(value) for value in mass.tolist()]
-    steps_from_one = [step + 1 for step in steps]
-    return {"mass": _short(float(mass.mean())), "steps": {"step": steps_from_one, "change": changes, "mass": masses}}
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
+def _word_figures(entry: _Shown, at: int, request: Request) -> dict[str, Any]:
+    return word_figures(entry.source, entry.words[at], entry.heats[at], entry.scales[at], request.style.threshold)
 
 
 def _overlays(entry: _Shown, request: Request) -> Iterator[Figure]:
@@ -388,9 +377,13 @@ def _self_attention(
         which = f"image {index + 1} of {len(images)}, " if len(images) > 1 else ""
         about = f"self-attention, {which}{_plural(sources[index].maps.steps, 'step')}"
         drawn.append(Drawn(captioned(draw_point(shown, x, y), f"looking from {x:.2f}, {y:.2f}", about, scale, style), index))
-        masks[index] = scale.apply(resize_heat(heat, (image.shape[0], image.shape[1])))
+        size = (image.shape[0], image.shape[1])
+        masks[index] = scale.apply(resize_heat(heat, size))
+        if request.largest_part:
+            masks[index] *= largest_part(scale.apply(heat), style.threshold, size)
         facts = {"picture": index + 1, "query": {"x": x, "y": y}}
-        figures.append(facts | heat_figures(heat, scale, style.threshold))
+        numbers = heat_figures(heat, scale, style.threshold)
+        figures.append(facts | numbers | {"strength": numbers["mean"]})
         progress.show(index + 1)
     return drawn, masks, figures
 

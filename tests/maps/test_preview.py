@@ -100,7 +100,7 @@ def words_of(output: Any, image: int = 0) -> list[str]:
 def test_every_view_of_words(preview: Any, run: Any, view: str) -> None:
     maps, images = run
     output = preview(maps, images, view=view)
-    shown, masks, _ = output.args
+    shown, masks, _, strengths, areas = output.args
     assert shown.ndim == 4 and shown.shape[3] == 3 and shown.dtype == torch.float32
     assert shown.min() >= 0 and shown.max() <= 1 and shown.std() > 0.05
     assert len(shown) == {"overlay": 2, "steps": 2}.get(view, 1)
@@ -109,6 +109,8 @@ def test_every_view_of_words(preview: Any, run: Any, view: str) -> None:
     assert ((masks > 0.05) & (masks < 0.95)).float().mean() > 0.1, "soft"
     assert words_of(output) == ["red circle", "blue square"]
     assert len(output.ui["images"]) == len(shown)
+    words = report_of(output)["pictures"][0]["words"]
+    assert strengths == [word["mass"] for word in words] and areas == [word["area"] for word in words]
 
 
 def test_words_look_at_what_they_name(preview: Any, run: Any) -> None:
@@ -310,7 +312,7 @@ def test_maps_of_no_run(preview: Any, pack: Any) -> None:
 def test_a_word_that_is_not_there(preview: Any, run: Any) -> None:
     maps, images = run
     with pytest.raises(ValueError, match="words: 'dog' is not in the prompt.*red, circle, and, blue, square"):
-        preview(maps, images, words="red, dog")
+        preview(maps, images, words="dog, cat")
     with pytest.raises(ValueError, match="occurrence 3"):
         preview(maps, images, words="a#3")
 
