@@ -15,6 +15,7 @@ from ..networks.grids import resize_maps
 from ..networks.layers import AttentionLayer
 from ..networks.placement import text_placement
 from .losses import Loss, LossSettings, neglect, overlap, self_overlap, strengths, subject_maps, variation
+from .own_rows import OwnPrompt, is_unet, own_inputs
 from .subjects import GuidedPrompt
 
 
@@ -24,7 +25,7 @@ class ExciteObjective:
 
     Attributes:
         grid: what maps are averaged down to where a network's own are finer; None keeps them.
-        rows_of_text: rows of the conditioning; some models pad it in front.
+        own: what the prompt's rows are told by where a node computes several prompts at once.
         strengths: of every image after a pass, (batch, subjects), filled row by row.
     """
 
@@ -32,17 +33,20 @@ class ExciteObjective:
     settings: LossSettings
     grid: tuple[int, int] | None
     batch: int
+    own: OwnPrompt = OwnPrompt(None, "")
     strengths: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.strengths = torch.zeros(self.batch, len(self.prompt.subjects))
 
     def measure(self, layer: AttentionLayer, call: AttentionCall, rows: Tensor) -> dict[str, Tensor]:
-        place = text_placement(layer, call.context, call.inputs.keys, call.inputs.queries)
+        """Return the layer's maps of a call, summed over its heads: "text" (images, height, width, tokens), "image" (images,
+        places, places), and the number of "heads"; nothing where its tokens cannot be told apart."""
+        inputs = own_inputs(layer, call, rows, self.own)
+        place = text_placement(layer, call.context, inputs.keys, inputs.queries)
         found: dict[str, Tensor] = {}
-        if place is None:
+        if place is None or (is_unet(call) and inputs.batch != len(rows)):  # tiles of an image (HyperTile)
             return found
-        inputs = call.inputs
         queries = inputs.q[:, :, place.rows].float() * inputs.scale
         if place.text is not None:
             logits = queries @ inputs.k[:, :, place.text].float().transpose(-1, -2)
@@ -57,10 +61,18 @@ class ExciteObjective:
         return found
 
     def loss(self, measurements: Measurements, rows: Tensor) -> Tensor:
-        maps = _mean([found for _, found in measurements], "text")
+        """Return the loss of each image of a pass, (images,), and keep the subjects' strengths.
+
+        Raises:
+            RuntimeError: no layer showed its attention to the text.
+        """
+        maps = _mean(_on_one_grid([found for _, found in measurements]), "text")
         if maps is None:
-            raise RuntimeError("No attention to the text was seen, so there is nothing to guide. Another node may replace it.")
-        if self.grid is not None and self.grid != tuple(maps.shape[1:3]):
+            raise RuntimeError(
+                "Attend-and-Excite Guider: no attention to the text was seen, so there is nothing to guide. Another node "
+                "replaces or reshapes this model's attention; take it out."
+            )
+        if self.grid is not None and math.prod(self.grid) < maps.shape[1] * maps.shape[2]:
             maps = resize_maps(maps.movedim(-1, 1), self.grid, "area").movedim(1, -1)
         subjects = subject_maps(maps, self.prompt, self.settings)
         self.strengths[rows.cpu()] = strengths(subjects).detach().float().cpu()
@@ -72,6 +84,20 @@ class ExciteObjective:
             whole = subjects if looks.shape[1] == subjects[0, 0].numel() else _resized(subjects, looks.shape[1])
             loss = loss + self.settings.self_overlap * self_overlap(whole, looks)
         return loss
+
+
+def _on_one_grid(measured: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Return the maps of all layers on the finest grid among them: a node may scale the features of some layers only."""
+    grids = {tuple(found["text"].shape[1:3]) for found in measured if "text" in found}
+    if len(grids) < 2:
+        return list(measured)
+    finest = max(grids, key=math.prod)
+    return [
+        {**found, "text": resize_maps(found["text"].movedim(-1, 1), finest, "bilinear").movedim(1, -1)}
+        if "text" in found
+        else found
+        for found in measured
+    ]
 
 
 def _mean(measured: Sequence[dict[str, Tensor]], name: str) -> Tensor | None:

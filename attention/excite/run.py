@@ -1,9 +1,9 @@
-"""TODO"""
+"""One sampling run of Attend-and-Excite: the gradient passes and nudges of each step, and what is said of them at the end."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,19 +13,58 @@ from .. import host
 from ..gradient.model_pass import ModelPass
 from ..gradient.watch import Gradient
 from ..host import seen_by_the_model
+from ..host.patch_owners import patch_owners
 from .layers import GuidedLayers
 from .objective import ExciteObjective
+from .own_rows import OwnPrompt
 from .settings import ExciteSettings
 from .subjects import GuidedPrompt
 
 
 @dataclass
 class Counts:
-    """What one run did."""
+    """What one run did: guided steps, refinements of the whole batch, nudges left out, and images whose threshold was missed."""
 
     guided: int = 0
     refinements: int = 0
     skipped: int = 0
+    missed: dict[float, int] = field(default_factory=dict)  # threshold -> images
+
+
+@dataclass
+class _Step:
+    """The latent of one step while it is moved.
+
+    Attributes:
+        latent: (batch, channels, ..., height, width), moved in place.
+        mask: of an inpaint run, where the latent may be changed; None: everywhere.
+        scale: what turns the sampler's latent into the published algorithm's, (batch, 1, ...).
+        size: how far a gradient moves it.
+    """
+
+    model: Any
+    number: int
+    latent: Tensor
+    sigma: Tensor
+    mask: Tensor | None
+    scale: Tensor
+    size: float
+
+    def seen(self) -> Tensor:
+        """Return the latent as the network will see it."""
+        return seen_by_the_model(self.model, self.latent, self.sigma, self.mask)
+
+    def move(self, rows: Tensor, found: Gradient) -> int:
+        """Move some images down their gradient; return how many could not be moved, for a gradient that is not finite."""
+        usable = found.latent.flatten(1).isfinite().all(1)
+        skipped = int((~usable).sum())
+        shift = self.size * found.latent / self.scale[rows] ** 2
+        usable &= found.loss != 0
+        change = torch.where(usable.view(-1, *(1,) * (self.latent.ndim - 1)), shift, torch.zeros_like(shift)).to(
+            self.latent.dtype
+        )
+        self.latent[rows] -= change if self.mask is None else change * self.mask.expand_as(self.latent)[rows]
+        return skipped
 
 
 class ExciteRun:
@@ -45,6 +84,7 @@ class ExciteRun:
         self.settings = settings
         self.steps = steps
         self.chosen = chosen
+        self.owners = patch_owners(options, "attn2_patch")
         self.passes = ModelPass(self.base_model, options, self.chosen.layers, settings.memory)
         self.counts = Counts()
         self.first: Tensor | None = None  # (batch, subjects): before anything was moved, and last seen
@@ -53,65 +93,69 @@ class ExciteRun:
 
     @property
     def names(self) -> list[str]:
+        """Return the subjects' names, in the order of ``first`` and ``last``."""
         return [subject.name for _, prompt in self.prompts for subject in prompt.subjects]
 
     def before_step(self, model: Any, step: int, x: Tensor, sigma: Tensor, call: dict[str, Any]) -> None:
-        """Change ``x`` in place, where the sampler may change it."""
-        sigma = sigma.flatten().expand(len(x)) if sigma.numel() == 1 else sigma.flatten()
-        latent = x.clone()
-        scale = host.input_scale(self.base_model, sigma).view(-1, *(1,) * (x.ndim - 1))
-        mask = host.denoise_mask(model, call, sigma)
-        size = self.settings.step_size(step, self.steps)
-
-        def measured(rows: Tensor) -> Gradient | None:
-            return self._gradient(seen_by_the_model(model, latent, sigma, mask), sigma, rows)
-
-        def move(rows: Tensor, found: Gradient) -> None:
-            usable = found.latent.flatten(1).isfinite().all(1)
-            self.counts.skipped += int((~usable).sum())
-            shift = size * found.latent / scale[rows] ** 2
-            usable &= found.loss != 0
-            change = torch.where(usable.view(-1, *(1,) * (x.ndim - 1)), shift, torch.zeros_like(shift)).to(latent.dtype)
-            latent[rows] -= change if mask is None else change * mask.expand_as(latent)[rows]
-
+        """Change ``x`` in place, where the sampler may change it: refinements up to the step's threshold, then one nudge."""
+        state = self._step(model, step, x, sigma, call)
         everything = torch.arange(len(x), device=x.device)
-        found = measured(everything)
+        found = self._measured(state, everything)
         if found is None:
             return
         wanted = self.settings.wanted(step, self.steps)
         if wanted is not None and self.settings.max_refinements:
-            found = self._refine(step, everything, found, 1 - wanted, measured, move)
+            found = self._refine(step, state, everything, found, wanted)
         if step < self.settings.guided_steps(self.steps):
-            move(everything, found)
+            self._move(state, everything, found)
             self.counts.guided += 1
-        x.copy_(latent)
+        x.copy_(state.latent)
 
-    def _refine(self, step: int, everything: Tensor, found: Gradient, target: float, measured: Any, move: Any) -> Gradient:
+    def _step(self, model: Any, step: int, x: Tensor, sigma: Tensor, call: dict[str, Any]) -> _Step:
+        sigma = sigma.flatten().expand(len(x)) if sigma.numel() == 1 else sigma.flatten()
+        scale = host.input_scale(self.base_model, sigma).view(-1, *(1,) * (x.ndim - 1))
+        mask = host.denoise_mask(model, call, sigma)
+        return _Step(model, step, x.clone(), sigma, mask, scale, self.settings.step_size(step, self.steps))
+
+    def _measured(self, state: _Step, rows: Tensor) -> Gradient | None:
+        return self._gradient(state.seen(), state.sigma, rows)
+
+    def _move(self, state: _Step, rows: Tensor, found: Gradient) -> None:
+        self.counts.skipped += state.move(rows, found)
+
+    def _refine(self, step: int, state: _Step, everything: Tensor, found: Gradient, wanted: float) -> Gradient:
         """Move each image until the loss it had before its last move is small enough; what is true of all of them then."""
-        need = self._need(everything)
-        active = (need > target).nonzero().flatten().to(everything.device)
+        target = 1 - wanted
+        active = (self._need(everything) > target).nonzero().flatten().to(everything.device)
         current, moved = _rows_of(found, active), torch.zeros_like(everything, dtype=torch.bool)
         for iteration in range(self.settings.max_refinements):
             if not len(active):
                 break
             host.check_interrupted()
             if iteration:
-                measured_again = measured(active)
+                measured_again = self._measured(state, active)
                 if measured_again is None:
                     break
                 current = measured_again
-            move(active, current)
+            self._move(state, active, current)
             moved[active] = True
             self.counts.refinements += 1
             self.progress.show(step + (iteration + 1) / (self.settings.max_refinements + 1))
             finite = current.latent.flatten(1).isfinite().all(1).to(active.device)
             active = active[(self._need(active).to(active.device) > target) & finite]
-        rows = moved.nonzero().flatten()
-        if len(rows):
-            after = measured(rows)
-            if after is not None:
-                found = Gradient(found.loss.clone(), found.latent.clone())
-                found.loss[rows], found.latent[rows] = after.loss, after.latent
+        found = self._after(state, moved.nonzero().flatten(), found)
+        missed = int((self._need(everything) > target).sum())
+        if missed:
+            self.counts.missed[wanted] = max(missed, self.counts.missed.get(wanted, 0))
+        return found
+
+    def _after(self, state: _Step, moved: Tensor, found: Gradient) -> Gradient:
+        """Return the gradients of all images, those of the moved ones measured anew."""
+        after = self._measured(state, moved) if len(moved) else None
+        if after is None:
+            return found
+        found = Gradient(found.loss.clone(), found.latent.clone())
+        found.loss[moved], found.latent[moved] = after.loss, after.latent
         return found
 
     def _need(self, rows: Tensor) -> Tensor:
@@ -120,11 +164,13 @@ class ExciteRun:
         return (1 - self.last[rows.cpu()]).clamp(min=0).amax(1)
 
     def _gradient(self, seen: Tensor, sigma: Tensor, rows: Tensor) -> Gradient | None:
-        """Over all entries of the prompt: each image's is that of its most neglected entry."""
+        """Return the loss and gradient of some images; each image's is that of its most neglected entry of the prompt."""
         best: Gradient | None = None
         strengths: list[Tensor] = []
         for cond, prompt in self.prompts:
-            objective = ExciteObjective(prompt, self.settings.losses, self.chosen.grid if "area" not in cond else None, len(seen))
+            grid = self.chosen.grid if "area" not in cond else None
+            own = OwnPrompt(_text_of(cond), self.owners)
+            objective = ExciteObjective(prompt, self.settings.losses, grid, len(seen), own)
             found = self.passes.gradient(cond, seen, sigma, objective, rows)
             strengths.append(objective.strengths if found is not None else torch.full_like(objective.strengths, math.nan))
             if found is None:
@@ -147,15 +193,28 @@ class ExciteRun:
             self.last[rows] = strengths[rows]
 
     def summary(self) -> str:
+        """Return the line that is logged at the end of a run."""
         counts = self.counts
         text = f"Attend-and-Excite: {counts.guided} guided steps, {counts.refinements} refinements"
         if self.first is not None and self.last is not None:
             image, subject = divmod(int(self.first.argmin()), self.first.shape[1])
             before, after = (float(values[image, subject]) for values in (self.first, self.last))
             text += f', weakest subject "{self.names[subject]}" {before:.2f} -> {after:.2f}'
+        if counts.missed and self.last is not None:
+            listed = ", ".join(f"{wanted:g} in {images}" for wanted, images in sorted(counts.missed.items()))
+            text += (
+                f"; thresholds not reached after {self.settings.max_refinements} refinements (at most a subject can be 1.00): "
+                f"{listed} of {len(self.last)} images"
+            )
         if counts.skipped:
             text += f"; {counts.skipped} updates left out because their gradient was not finite"
         return text
+
+
+def _text_of(cond: dict[str, Any]) -> Tensor | None:
+    """Return the rows of the text as the network gets them, where it gets them as cross-attention's context."""
+    value = cond.get("model_conds", {}).get("c_crossattn")
+    return getattr(value, "cond", None)
 
 
 def _rows_of(found: Gradient, rows: Tensor) -> Gradient:

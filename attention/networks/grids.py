@@ -43,6 +43,28 @@ def layer_grid(network: torch.nn.Module, layout: NetworkLayout | None, name: str
     return token_grid(network, layout, latent, 0) if layout.patch is not None else None
 
 
+def scaled_grid(grid: Grid, tokens: int) -> Grid | None:
+    """Return the grid of that many tokens, of the shape of ``grid``, in a layer whose features another node scales (Deep Shrink);
+    None where no grid of that many tokens is shaped alike."""
+    frames, height, width = grid
+    if tokens == math.prod(grid):
+        return grid
+    if tokens <= 0 or tokens % frames:
+        return None
+    area = tokens // frames
+    off, rows = min((abs(math.log(rows * rows * width / (area * height))), rows) for rows in _divisors(area))
+    return (frames, rows, area // rows) if off <= _SAME_SHAPE else None
+
+
+# How far (in the logarithm of height to width) a scaled grid may be from the shape that it was, since sides are rounded.
+_SAME_SHAPE = math.log(1.25)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [value for value in range(1, math.isqrt(number) + 1) if number % value == 0]
+    return small + [number // value for value in small]
+
+
 def _unet_sizes(network: torch.nn.Module, height: int, width: int) -> dict[str, tuple[int, int]]:
     """Return the height and width in each block of a U-Net; every level halves the one before, rounding up."""
     sizes: list[tuple[int, int]] = []

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .grids import Grid, layer_grid, token_grid
+from .grids import Grid, layer_grid, scaled_grid, token_grid
 from .layers import AttentionLayer
 from .table import NetworkLayout
 from .token_order import JointCall
@@ -69,8 +69,13 @@ def image_rows(context: CallContext, queries: int, grid: Grid) -> slice:
 
 
 def text_placement(layer: AttentionLayer, context: CallContext, keys: int, queries: int) -> Placement | None:
-    """Return the placement in a call of a layer that the table knows; None where its tokens cannot be told apart."""
+    """Return the placement in a call of a layer that the table knows; None where its tokens cannot be told apart.
+
+    The cross-attention of a U-Net may come with scaled features: its grid is then told from the number of queries.
+    """
     grid = layer_grid(context.network, context.layout, layer.name, context.latent)
+    if grid is not None and layer.kind == "cross" and context.layout is not None and context.layout.family == "U-Net":
+        grid = scaled_grid(grid, queries)
     if grid is None or queries < math.prod(grid):
         return None
     if layer.kind == "joint":
