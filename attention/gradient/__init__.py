@@ -1,6 +1,7 @@
 """A differentiable model pass: how a loss on attention changes with the latent."""
 
-from .model_pass import Memory, ModelPass
+from .levels import Memory
+from .model_pass import ModelPass
 from .watch import AttentionCall, Gradient, Measurements, Objective
 
 __all__ = [

@@ -2,8 +2,12 @@
 
 ComfyUI streams weights in and out, casts them for every call and loads them as inference tensors, so a graph that saves
 a weight is refused, keeps a copy of the model alive, or finds another layer's numbers in the buffer when it comes back.
-Inside ``frozen_ops`` every weighted operation runs as ComfyUI runs it, saves no weight, and asks ComfyUI for the weight
-once more when its gradient is due (with the same casts, LoRA functions and quantisation).
+Every layer with weights runs in one of three lanes:
+
+``resident``: ComfyUI's own operation, its weight where and as it is used. Torch's functions run on a plain alias of it.
+``cast``: ComfyUI's own operation, its weight offloaded, cast, patched or quantised. It runs as ComfyUI runs it, and ComfyUI
+is asked for the weight once more when the gradient is due (``rules``).
+``rerun``: any other layer. It runs as it is, and again when its gradient is due (``rerun``), whatever it does to its weight.
 """
 
 from __future__ import annotations
@@ -14,136 +18,71 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional as F
 
 from .. import host
+from .missing import is_about_gradients, no_gradient
+from .plain import differentiable, has_gradient, plain_tensor, plain_tensors_in
+from .rerun import is_floating, put_back, requires_gradient, rerun, taken_out
+from .rules import Rule, convolution, rule_of
 
-_aten = torch.ops.aten
-
-
-def plain_tensor(tensor: Tensor) -> Tensor:
-    """Return a plain tensor on the memory of an inference tensor, which ``detach`` and ``view`` would not give."""
-    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+Forward = Callable[..., Any]
 
 
-# They keep their input for the gradient, and transformers add to their tokens in place right behind them. (Where blocks are
-# computed again nothing notices that, so a copy is the only remedy.)
-_NORMS = ("rms_norm", "layer_norm")
+# --- resident --------------------------------------------------------------------------------------------------------------
 
 
-class Differentiable(TorchFunctionMode):
-    """Lets networks that were written for inference run with a gradient.
+class _Convolution(torch.autograd.Function):
+    """Torch's own would keep the input for the gradient of the weight."""
 
-    Outside inference mode every torch function sees ordinary tensors in place of inference tensors (bare parameters,
-    conditioning, position tables), norms keep a copy of what they need, and ComfyUI's fused kernels run as plain torch.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not torch.is_inference_mode_enabled():
-            args = tuple(_plain_tensors_in(value) for value in args)
-            kwargs = {name: _plain_tensors_in(value) for name, value in kwargs.items()}
-            func = host.plain_kernel(func)
-            if getattr(func, "__name__", "") in _NORMS:
-                args = _with_copy(args)
-        return func(*args, **kwargs)
-
-
-def _with_copy(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    kept = args and isinstance(args[0], Tensor) and args[0].requires_grad and torch.is_grad_enabled()
-    return (args[0].clone(), *args[1:]) if kept else args
-
-
-def saving_copies(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function`` with copies of all that it saves for its gradient: FreeU writes to what it has just multiplied."""
-
-    def saving(*args: Any, **kwargs: Any) -> Any:
-        with saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda tensor: tensor):
-            return function(*args, **kwargs)
-
-    return saving
-
-
-def _plain_tensors_in(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return plain_tensor(value) if value.is_inference() else value
-    if type(value) in (list, tuple):
-        return type(value)(_plain_tensors_in(item) for item in value)
-    return value
-
-
-# (module, gradient of the output, input or None, weight, bias, shape of the input) -> gradient of the input
-Rule = Callable[[Any, Tensor, Any, Any, Any, torch.Size], Tensor]
-
-
-def _linear(module: Any, gradient: Tensor, x: Any, weight: Tensor, bias: Any, shape: torch.Size) -> Tensor:
-    return gradient.matmul(weight)
-
-
-def _convolution(module: Any, gradient: Tensor, x: Any, weight: Tensor, bias: Any, shape: torch.Size) -> Tensor:
-    pads = None
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):  # circular for seamless images; "same"
-        pads = module._reversed_padding_repeated_twice
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        padded_shape = nn.functional.pad(gradient.new_empty(1, device="meta").expand(shape), pads, mode=mode).shape
-    like_input = gradient.new_empty(1).expand(shape if pads is None else padded_shape)
-    dimensions = [0] * (gradient.ndim - 2)
-    padding = module.padding if pads is None else dimensions
-    settings = (module.stride, padding, module.dilation, False, dimensions, module.groups, (True, False, False))
-    result = _aten.convolution_backward(gradient, like_input, weight, None, *settings)[0]
-    if pads is None:
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.module, ctx.weight, ctx.shape = module, weight, x.shape
+        result: Tensor = module._conv_forward(x, weight, bias)
         return result
-    with torch.inference_mode(False), torch.enable_grad():
-        unpadded = torch.zeros(shape, dtype=result.dtype, device=result.device, requires_grad=True)  # padding is linear
-        return torch.autograd.grad(nn.functional.pad(unpadded, pads, mode=mode), unpadded, result.clone())[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return convolution(ctx.module, gradient, None, ctx.weight, None, ctx.shape), None, None, None
 
 
-def _group_norm(module: Any, gradient: Tensor, x: Tensor, weight: Any, bias: Any, shape: torch.Size) -> Tensor:
-    x = x.contiguous()
-    batch, channels, pixels = shape[0], shape[1], x[0, 0].numel()
-    _, mean, scale = _aten.native_group_norm(x, None, None, batch, channels, pixels, module.num_groups, module.eps)
-    sizes = (batch, channels, pixels, module.num_groups)
-    return _aten.native_group_norm_backward(gradient.contiguous(), x, mean, scale, weight, *sizes, (True, False, False))[0]
+def _resident_forward(module: Any, adds_in_place: bool) -> Forward | None:
+    """Return a forward on plain aliases of the weights, or None for an operation that is not known."""
+    weight, bias = (None if tensor is None else _alias(tensor) for tensor in (module.weight, module.bias))
+    if isinstance(module, nn.Linear):
+        return lambda x: F.linear(x, weight, bias)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+
+        def convolve(x: Tensor) -> Any:
+            if x.requires_grad and torch.is_grad_enabled():
+                return _Convolution.apply(x, module, weight, bias)
+            return module._conv_forward(x, weight, bias)
+
+        return convolve
+    if isinstance(module, nn.GroupNorm):
+        groups, eps = module.num_groups, module.eps
+        if adds_in_place:
+            return lambda x: F.group_norm(x.clone() if x.requires_grad else x, groups, weight, bias, eps)
+        return lambda x: F.group_norm(x, groups, weight, bias, eps)
+    if isinstance(module, nn.LayerNorm):
+        shape, eps = module.normalized_shape, module.eps
+        return lambda x: F.layer_norm(x, shape, weight, bias, eps)
+    if isinstance(module, nn.RMSNorm):
+        shape, precision = module.normalized_shape, module.eps
+        return lambda x: F.rms_norm(x, shape, weight, precision)
+    return None
 
 
-def _layer_norm(module: Any, gradient: Tensor, x: Tensor, weight: Any, bias: Any, shape: torch.Size) -> Tensor:
-    normalized = list(module.normalized_shape)
-    _, mean, scale = _aten.native_layer_norm(x, normalized, None, None, module.eps)
-    return _aten.native_layer_norm_backward(gradient, x, normalized, mean, scale, weight, bias, (True, False, False))[0]
+def _alias(tensor: Tensor) -> Tensor:
+    return plain_tensor(tensor) if tensor.is_inference() else tensor.detach()
 
 
-def _rms_norm(module: Any, gradient: Tensor, x: Tensor, weight: Any, bias: Any, shape: torch.Size) -> Tensor:
-    with torch.inference_mode(False), torch.enable_grad():
-        x = x.detach().clone().requires_grad_()
-        weight = None if weight is None else plain_tensor(weight)
-        y = nn.functional.rms_norm(x, module.normalized_shape, weight, module.eps)
-        return torch.autograd.grad(y, x, gradient.clone())[0]
-
-
-# Class -> its rule, and whether the rule needs the input. Other weighted operations take autograd's way.
-_RULES: tuple[tuple[type[nn.Module], Rule, bool], ...] = (
-    (nn.Conv1d, _convolution, False),
-    (nn.Conv2d, _convolution, False),
-    (nn.Conv3d, _convolution, False),
-    (nn.GroupNorm, _group_norm, True),
-    (nn.LayerNorm, _layer_norm, True),
-    (nn.RMSNorm, _rms_norm, True),
-)
-
-
-def _rule(module: nn.Module) -> tuple[Rule, bool] | None:
-    for cls, rule, keeps_input in _RULES:
-        if isinstance(module, cls):
-            return rule, keeps_input
-    # ComfyUI's quantised Linear is no torch.nn.Linear.
-    return (_linear, False) if isinstance(module, nn.Linear) or type(module).__name__ == "Linear" else None
+# --- cast ------------------------------------------------------------------------------------------------------------------
 
 
 class _Frozen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: nn.Module, forward: Callable[[Tensor], Tensor], rule: Rule, kept: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, module: nn.Module, forward: Forward, rule: Rule, kept: Any) -> Tensor:
         ctx.module, ctx.rule, ctx.shape = module, rule, x.shape
         if kept is not None:
             ctx.save_for_backward(kept)
@@ -159,13 +98,15 @@ class _Frozen(torch.autograd.Function):
         return plain_tensor(result) if result.is_inference() else result, None, None, None, None
 
 
-def _frozen_forward(module: nn.Module, rule: Rule, keeps_input: bool, adds_in_place: bool) -> Callable[..., Tensor]:
+def _cast_forward(module: nn.Module, rule: Rule, keeps_input: bool, adds_in_place: bool) -> Forward:
     forward = module.forward
     in_place_safe = isinstance(module, nn.GroupNorm) and not adds_in_place
+    other = _rerun_forward(module)
 
-    def frozen(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs:
-            return forward(x, *args, **kwargs)
+    def frozen(*args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 1:
+            return other(*args, **kwargs)
+        x = args[0]
         if torch.is_grad_enabled() and x.requires_grad:
             kept = (x if in_place_safe else x.detach().clone()) if keeps_input else None
             return _Frozen.apply(x, module, forward, rule, kept)
@@ -176,20 +117,116 @@ def _frozen_forward(module: nn.Module, rule: Rule, keeps_input: bool, adds_in_pl
     return frozen
 
 
+# --- rerun -----------------------------------------------------------------------------------------------------------------
+
+
+def _rerun_forward(module: nn.Module) -> Forward:
+    forward = module.forward
+
+    def rerunning(*args: Any, **kwargs: Any) -> Any:
+        if not (torch.is_grad_enabled() and has_gradient((args, kwargs))):
+            with torch.inference_mode():
+                result = forward(*args, **kwargs)
+            return plain_tensors_in(result)
+        inputs: list[Tensor] = []
+        call = taken_out((args, kwargs), inputs, requires_gradient)
+        shape: list[Any] = []
+
+        def run(tensors: Any) -> list[Tensor]:
+            own_args, own_kwargs = put_back(call, tensors)
+            outputs: list[Tensor] = []
+            shape[:] = [taken_out(forward(*own_args, **own_kwargs), outputs, is_floating)]
+            return outputs
+
+        def first(tensors: Any) -> list[Tensor]:
+            with torch.inference_mode():
+                outputs = run(tensors)
+            return [plain_tensor(tensor) if tensor.is_inference() else tensor.clone() for tensor in outputs]
+
+        def again(tensors: Any) -> list[Tensor]:
+            try:
+                with differentiable(weights_apart=True):
+                    outputs = run(tensors)
+            except RuntimeError as error:
+                if not host.is_out_of_memory(error) and is_about_gradients(error):
+                    raise no_gradient(module) from error
+                raise
+            if not any(tensor.requires_grad for tensor in outputs):
+                raise no_gradient(module)
+            return outputs
+
+        outputs = rerun(first, again, inputs)
+        return put_back(shape[0], outputs)
+
+    return rerunning
+
+
+# --- the lanes of a network ------------------------------------------------------------------------------------------------
+
+
+class Lanes:
+    """What the layers of one network run as, for one sampling run; ComfyUI may offload or patch weights between two passes.
+
+    Attributes:
+        residents: whether resident weights run through torch's own autograd.
+    """
+
+    def __init__(self, network: nn.Module, *, residents: bool = True) -> None:
+        self.modules = [module for module in network.modules() if host.holds_weights(module)]
+        self.residents = residents
+        self._known: dict[nn.Module, tuple[Any, Forward]] = {}
+
+    def forwards(self, *, adds_in_place: bool) -> list[tuple[nn.Module, Forward]]:
+        """Return a new forward for every layer with weights, whose state is looked up now.
+
+        Args:
+            adds_in_place: this call of a convolutional network changes its feature maps in place (ControlNet's residuals, FreeU).
+        """
+        found = []
+        for module in self.modules:
+            state = (adds_in_place, *host.weight_state(module))
+            known = self._known.get(module)
+            if known is None or known[0] != state:
+                forward = self._forward(module, adds_in_place)
+                if forward is None:
+                    continue
+                known = self._known[module] = (state, forward)
+            found.append((module, known[1]))
+        return found
+
+    def forget(self) -> None:
+        """Let go of the weights' memory."""
+        self._known.clear()
+
+    def _forward(self, module: nn.Module, adds_in_place: bool) -> Forward | None:
+        if host.is_own_operation(module):
+            if self.residents and host.is_resident(module):
+                forward = _resident_forward(module, adds_in_place)
+                if forward is not None:
+                    return _with_more_arguments(module, forward)
+            rule = rule_of(module)
+            if rule is not None:
+                return _cast_forward(module, *rule, adds_in_place)
+        return _rerun_forward(module)
+
+
+def _with_more_arguments(module: nn.Module, forward: Forward) -> Forward:
+    """Return the same forward for a module that may be called with more than its input (a causal convolution)."""
+    if not isinstance(module, nn.Conv3d):
+        return forward
+    other = _rerun_forward(module)
+    return lambda x, *args, **kwargs: other(x, *args, **kwargs) if args or kwargs else forward(x)
+
+
 @contextmanager
 def frozen_ops(network: nn.Module, *, adds_in_place: bool = False) -> Iterator[None]:
-    """Run the weighted operations of ``network`` without autograd ever seeing a weight.
+    """Run the layers of ``network`` without autograd ever seeing a weight, whatever holds them.
 
-    An operation that another node replaced is left as it is. Outside inference mode, forwards with a gradient may run in
-    the block; afterwards every module is as it was.
+    Outside inference mode, forwards with a gradient may run in the block; afterwards every module is as it was.
 
     Args:
         adds_in_place: this call of a convolutional network changes its feature maps in place (ControlNet's residuals, FreeU).
     """
-    replacements = []
-    for module in network.modules():
-        rule = _rule(module) if host.is_weighted_operation(module) and "forward" not in module.__dict__ else None
-        if rule is not None:
-            replacements.append((module, _frozen_forward(module, *rule, adds_in_place)))
-    with host.swapped_forward(replacements), Differentiable():
+    lanes = Lanes(network, residents=False)
+    with host.swapped_forward(lanes.forwards(adds_in_place=adds_in_place)), differentiable():
         yield

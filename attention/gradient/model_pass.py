@@ -1,7 +1,7 @@
 """One differentiable forward for the whole pack: how a loss on attention changes with the latent.
 
 ComfyUI prepares the model call as for any sampler (areas, ControlNet, hooks, casts) and the network runs where it would
-have run, but with a gradient, only as deep as the last layer that is looked at, and without saving a weight
+have run, but with a gradient, only as deep as the last layer that is measured, and without saving a weight
 (``frozen_ops``). ControlNet's residuals are taken as given. Nothing of it outlives the call.
 
 Memory: everything between the latent and the last layer is kept (``fast``), or blocks are computed again when their
@@ -10,43 +10,39 @@ gradient is due, one image at a time (``low``); ``auto`` goes by the free memory
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from enum import Enum, IntEnum
+from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .. import host
 from ..host import ModelOptions, log
-from ..networks.layers import AttentionLayer, checkpoint_blocks
+from ..networks.layers import AttentionLayer
 from ..networks.placement import CallContext
 from ..networks.table import network_layout
-from .frozen_ops import Differentiable, frozen_ops, saving_copies
-from .watch import Gradient, Measure, Measurements, Objective, _LastLayerSeen, _Watch
+from .blocks import ChangedInPlace, recomputing_blocks
+from .frozen_ops import Lanes
+from .levels import Level, Memory, first_level
+from .missing import every_layer_passes_a_gradient, is_about_gradients, no_gradient
+from .plain import differentiable, plain_tensors_in, saving_copies
+from .watch import Gradient, LastLayerSeen, Measure, Measurements, Objective, Watch
 
 # Half precision loses gradients below 6e-8: the loss is multiplied before the backward pass, and by less where that overflows.
 _HALF_PRECISION_SCALES = (2.0**16, 2.0**8, 1.0)
 
-# Kept activations of a differentiable pass, in units of what ComfyUI reckons for a forward of a network of 16 blocks:
-# 0.65 GiB against 0.16 on SD1.5 at 512 px; blocks that are computed again need a fifth of it.
-_KEPT_PER_FORWARD, _BLOCKS_PER_FORWARD, _RECOMPUTED = 4.0, 16, 0.2
+# What torch says where a network needs more care than was taken.
+_NEEDS_CARE = ("Inference tensor", "inference tensor", "modified by an inplace operation", "used in an in-place operation")
 
 
-class Memory(Enum):
-    """How much a differentiable pass keeps."""
+class _Care(IntEnum):
+    """What is done for networks that were written for inference, from nothing to all."""
 
-    AUTO = "auto"
-    FAST = "fast"
-    LOW = "low"
-
-
-class _Level(IntEnum):
-    KEEP_ALL = 0
-    RECOMPUTE_BLOCKS = 1
-    ONE_IMAGE_AT_A_TIME = 2
+    NONE = 0  # U-Nets: all that a gradient needs are their weights and arguments, and nothing is changed in place
+    COPIES = 1  # every torch function sees plain tensors, norms and blocks work on copies
+    KEPT_COPIES = 2  # and what is kept of a block's arguments are copies
 
 
 class ModelPass:
@@ -74,18 +70,21 @@ class ModelPass:
         self.options = host.with_wrapped_patches(host.internal_options(options, keeps_patches=keeps_patches), saving_copies)
         self.layers = list(layers)
         self.memory = memory
-        self.level = _Level.KEEP_ALL
+        self.level = Level.KEEP_ALL
         self._level_chosen = False
+        self._lanes = Lanes(self.network)
+        self._care = _Care.NONE if self.layout is not None and self.layout.family == "U-Net" else _Care.COPIES
+        self._checked = self._asked_for_memory = False
 
     def observe(self, cond: dict[str, Any], x: Tensor, sigma: Tensor, measure: Measure) -> Measurements:
         """Run one forward without a gradient. Empty where the cond is not active at this sigma."""
         found: Measurements = []
 
         def body(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            watch = _Watch(self.layers, measure, self._context([x, *args], kwargs))
+            watch = Watch(self.layers, measure, self._context([x, *args], kwargs))
             with self._watched(watch, host.apply_model_options([x, *args])) as options:
                 _forward(executor, host.with_apply_model_options([x, *args], options), kwargs)
-            found.extend(watch.close())
+            found.extend(watch.found)
             return torch.zeros_like(x)
 
         host.call_with_cond(self.base_model, cond, x, sigma, self.options, body)
@@ -102,23 +101,46 @@ class ModelPass:
 
         Raises:
             RuntimeError: none of the layers was seen.
+            ValueError: a layer of the network has no gradient.
         """
         rows = torch.arange(len(x), device=x.device) if rows is None else rows
         while True:
             try:
                 return self._gradient(cond, x, sigma, objective, self.parts(x, rows))
             except Exception as error:
-                if self.memory is not Memory.AUTO or not host.is_out_of_memory(error) or self.level == max(_Level):
+                if not (self._takes_more_care(error) or self._saves_memory(error, x.device)):
                     raise
-            self.level = _Level(self.level + 1)
+
+    def _takes_more_care(self, error: Exception) -> bool:
+        careless = isinstance(error, ChangedInPlace) or any(words in str(error) for words in _NEEDS_CARE)
+        if not careless or not isinstance(error, RuntimeError) or self._care == max(_Care):
+            return False
+        self._care = _Care(self._care + 1)
+        return True
+
+    def _saves_memory(self, error: Exception, device: torch.device) -> bool:
+        """Go on with less memory where it ran out, or when that is all, with what other models give back."""
+        if not host.is_out_of_memory(error) or self.memory is Memory.FAST:
+            return False
+        if self.level < max(Level):
+            self.level = Level(self.level + 1)
             log.info("Out of memory in a gradient pass: trying again with less (memory 'low' does so from the start).")
             host.empty_cache()
+            return True
+        if self._asked_for_memory:
+            return False
+        self._asked_for_memory = True
+        self._lanes.forget()
+        if not host.free_other_models(self.base_model, device):
+            return False
+        log.info("Out of memory in a gradient pass: other models were taken off the device, trying again.")
+        return True
 
     def parts(self, x: Tensor, rows: Tensor) -> list[Tensor]:
         """Return the images of a gradient pass as they are computed: together, or one at a time to save memory."""
         if not self._level_chosen:
-            self.level, self._level_chosen = self._first_level(x), True
-        return list(rows.split(1)) if self.level == _Level.ONE_IMAGE_AT_A_TIME else [rows]
+            self.level, self._level_chosen = first_level(self.memory, self.base_model, x), True
+        return list(rows.split(1)) if self.level == Level.ONE_IMAGE_AT_A_TIME else [rows]
 
     def _gradient(
         self, cond: dict[str, Any], x: Tensor, sigma: Tensor, objective: Objective, parts: list[Tensor]
@@ -131,42 +153,61 @@ class ModelPass:
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.enable_grad())
                 stack.enter_context(host.differentiable_kernels())
-                stack.enter_context(frozen_ops(self.network, adds_in_place=host.changes_features(args)))
+                adds_in_place = host.changes_features(args)
+                care = self._care if not adds_in_place else _Care.KEPT_COPIES
+                stack.enter_context(host.swapped_forward(self._lanes.forwards(adds_in_place=adds_in_place)))
+                if care != _Care.NONE:
+                    stack.enter_context(differentiable())
+                if not self._checked:
+                    stack.enter_context(every_layer_passes_a_gradient(self.network))
+                plain_args, plain_kwargs = plain_tensors_in(tuple(args)), plain_tensors_in(kwargs)
                 for part in parts:
-                    mine, others = [_rows(value, part, batch) for value in args[:-1]], _rows(kwargs, part, batch)
-                    mine.append(host.apply_model_options(args))
-                    found.append(self._differentiate(executor, mine, others, objective, part))
+                    mine = [_rows(value, part, batch) for value in plain_args[:-1]]
+                    mine.append(host.apply_model_options(plain_args))
+                    others = _rows(plain_kwargs, part, batch)
+                    found.append(self._differentiate(executor, mine, others, objective, part, care))
             return torch.zeros_like(args[0])
 
         host.call_with_cond(self.base_model, cond, x, sigma, self.options, body)
         if not found:
             return None
+        self._checked = True
         latent = torch.zeros_like(x[torch.cat(parts)], dtype=_at_least_float32(x))
         host.cond_region(cond, latent).copy_(torch.cat([gradient.latent for gradient in found]))
         return Gradient(torch.cat([gradient.loss for gradient in found]), latent)
 
     def _differentiate(
-        self, executor: Any, args: list[Any], kwargs: dict[str, Any], objective: Objective, rows: Tensor
+        self, executor: Any, args: list[Any], kwargs: dict[str, Any], objective: Objective, rows: Tensor, care: _Care
     ) -> Gradient:
         leaf = args[0].to(_at_least_float32(args[0]), copy=True).requires_grad_()
         context = self._context(args, kwargs)
-        watch = _Watch(self.layers, lambda layer, call: objective.measure(layer, call, rows), context)
+        watch = Watch(self.layers, lambda layer, call: objective.measure(layer, call, rows), context, checks=not self._checked)
         with ExitStack() as stack:
             options = stack.enter_context(self._watched(watch, host.apply_model_options(args)))
-            if self.level != _Level.KEEP_ALL:
-                stack.enter_context(self._recomputing_blocks(watch, copies=host.changes_features(args)))
+            if self.level != Level.KEEP_ALL:
+                copies, keeps_copies = care >= _Care.COPIES, care >= _Care.KEPT_COPIES
+                stack.enter_context(recomputing_blocks(self.network, watch, copies=copies, keeps_copies=keeps_copies))
             _forward(executor, host.with_apply_model_options([leaf, *args[1:]], options), kwargs)
-            measurements = watch.close()
-            if not measurements:
+            if not watch.found:
                 raise RuntimeError(
                     "None of the layers to guide was seen: another node replaces this model's attention. "
                     "Take it out, or choose other layers."
                 )
-            loss = objective.loss(measurements, rows)
-            del measurements
+            loss = objective.loss(watch.found, rows)
+            watch.found = []
+            if not loss.requires_grad:
+                raise no_gradient(f"{type(self.network).__module__}.{type(self.network).__qualname__}")
             return Gradient(loss.detach(), self._backward(loss, leaf))
 
     def _backward(self, loss: Tensor, leaf: Tensor) -> Tensor:
+        try:
+            return self._scaled_backward(loss, leaf)
+        except RuntimeError as error:
+            if is_about_gradients(error):
+                raise no_gradient(f"{type(self.network).__module__}.{type(self.network).__qualname__}") from error
+            raise
+
+    def _scaled_backward(self, loss: Tensor, leaf: Tensor) -> Tensor:
         half = host.compute_dtype(self.base_model) == torch.float16
         scales = _HALF_PRECISION_SCALES if half else (1.0,)
         gradient = leaf.detach()
@@ -183,85 +224,23 @@ class ModelPass:
         return CallContext(self.network, self.layout, host.latent_shape(args, kwargs), rows, kwargs)
 
     @contextmanager
-    def _watched(self, watch: _Watch, options: host.TransformerOptions) -> Iterator[host.TransformerOptions]:
+    def _watched(self, watch: Watch, options: host.TransformerOptions) -> Iterator[host.TransformerOptions]:
         """Options for a forward whose attention ``watch`` sees, for as long as its blocks may run."""
         watched = host.with_attention(options, watch.attention)
         swapped = self.layout.drops_options if self.layout is not None else ()
         with watch.installed(), host.options_for_attention(swapped, watched):
             yield watched
 
-    # Memory
-
-    def _first_level(self, x: Tensor) -> _Level:
-        if self.memory is not Memory.AUTO:
-            return _Level.KEEP_ALL if self.memory is Memory.FAST else _Level.ONE_IMAGE_AT_A_TIME
-        blocks = len(checkpoint_blocks(self.network))
-        needed = host.forward_memory(self.base_model, x) * _KEPT_PER_FORWARD * blocks / _BLOCKS_PER_FORWARD
-        spare = host.spare_memory(x.device)
-        if needed < spare:
-            return _Level.KEEP_ALL
-        return _Level.RECOMPUTE_BLOCKS if needed * _RECOMPUTED < spare else _Level.ONE_IMAGE_AT_A_TIME
-
-    @contextmanager
-    def _recomputing_blocks(self, watch: _Watch, *, copies: bool) -> Iterator[None]:
-        """Blocks keep their inputs only (``copies`` of them where they are changed later), and run once more in the backward
-        pass."""
-
-        def block_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
-            def checkpointed(*args: Any, **kwargs: Any) -> Any:
-                failures: list[BaseException] = []
-
-                def run(*args: Any, **kwargs: Any) -> Any:
-                    try:
-                        with Differentiable():  # the backward pass of a GPU runs in a thread of its own
-                            return forward(*_fresh(args), **_fresh(kwargs))
-                    except BaseException as error:
-                        if watch.found is None:
-                            raise
-                        failures.append(error)  # raised in here it would leave torch's hooks behind until it is forgotten
-                        return None
-
-                kept = [(_fresh if copies else _own_options)(value) for value in (args, kwargs)]
-                result = checkpoint(run, *kept[0], use_reentrant=False, preserve_rng_state=False, **kept[1])
-                if failures:
-                    raise failures[0]
-                return result
-
-            return checkpointed
-
-        blocks = checkpoint_blocks(self.network)
-        with host.swapped_forward([(block, block_forward(block.forward)) for block in blocks]):
-            yield
-
 
 def _forward(executor: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
     try:
         executor(*args, **kwargs)
-    except _LastLayerSeen:
-        pass
+    except LastLayerSeen:
+        host.end_prefetch()
 
 
 def _at_least_float32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _own_options(value: Any) -> Any:
-    """Return the same arguments with copies of their dictionaries."""
-    if isinstance(value, dict):
-        return {key: _own_options(item) for key, item in value.items()}
-    return tuple(_own_options(item) for item in value) if type(value) is tuple else value
-
-
-def _fresh(value: Any) -> Any:
-    """Return the same arguments, not to be changed by what is done with these: dictionaries and floating tensors are copies.
-
-    Networks write their progress into the options, and some add to their tokens in place.
-    """
-    if isinstance(value, dict):
-        return {key: item if callable(item) else _fresh(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_fresh(item) for item in value)
-    return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _rows(value: Any, rows: Tensor, batch: int) -> Any:

@@ -15,6 +15,7 @@ from .. import host
 from ..host import AttentionInputs, attention_inputs
 from ..networks.layers import AttentionLayer
 from ..networks.placement import CallContext
+from .missing import no_gradient
 
 
 @dataclass
@@ -70,25 +71,40 @@ class Gradient:
     latent: Tensor
 
 
-class _LastLayerSeen(Exception):
+class LastLayerSeen(Exception):
     """Ends a forward that has shown all that was asked for."""
 
 
-class _Watch:
-    """Knows which layer is running in one forward, and passes its attention calls to ``measure``."""
+class Watch:
+    """Knows which layer is running in one forward, and passes its attention calls to ``measure``.
 
-    def __init__(self, layers: Sequence[AttentionLayer], measure: Measure, context: CallContext) -> None:
+    Attributes:
+        found: what was measured, in order.
+        checks: raise ``ValueError`` where the attention of a known layer does not depend on the latent.
+    """
+
+    def __init__(self, layers: Sequence[AttentionLayer], measure: Measure, context: CallContext, *, checks: bool = False) -> None:
         self.layers = layers
         self.context = context
         self.measure = measure
+        self.checks = checks
         self.running: list[tuple[AttentionLayer, list[None]]] = []
-        self.found: Measurements | None = []
+        self.found: Measurements = []
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         modules: dict[torch.nn.Module, AttentionLayer] = {layer.module: layer for layer in self.layers}
         with host.swapped_forward([(module, self._marked(module.forward, layer)) for module, layer in modules.items()]):
             yield
+
+    @contextmanager
+    def into(self, found: Measurements) -> Iterator[None]:
+        """Collect measurements in ``found`` while the block lasts: of a part of the network, or of one that is computed again."""
+        before, self.found = self.found, found
+        try:
+            yield
+        finally:
+            self.found = before
 
     def _marked(self, forward: Callable[..., Any], layer: AttentionLayer) -> Callable[..., Any]:
         def marked(*args: Any, **kwargs: Any) -> Any:
@@ -113,7 +129,8 @@ class _Watch:
         skip_output_reshape: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        """Takes the place of every attention call: torch's own kernels, which have a gradient."""
+        """Take the place of every attention call: torch's own kernels, which have a gradient."""
+        host.check_interrupted()
 
         def compute() -> Tensor:
             forms = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape, "_inside_attn_wrapper": True}
@@ -125,17 +142,12 @@ class _Watch:
         calls.append(None)
         if len(calls) <= layer.skip:
             return compute()
+        if self.checks and torch.is_grad_enabled() and layer.kind != "unknown" and not (q.requires_grad or k.requires_grad):
+            raise no_gradient(f"{layer.name} ({type(layer.module).__name__})")
         inputs = attention_inputs(q, k, heads, mask=mask, skip_reshape=skip_reshape, scale=kwargs.get("scale"))
         values = attention_inputs(q, v, heads, skip_reshape=skip_reshape).k
         call = AttentionCall(inputs, values, self.context, compute, skip_output_reshape, len(calls) - 1 - layer.skip)
-        result = self.measure(layer, call)
-        if self.found is not None:
-            self.found.append((layer, result))
-            if layer is self.layers[-1]:
-                raise _LastLayerSeen
+        self.found.append((layer, self.measure(layer, call)))
+        if layer is self.layers[-1]:
+            raise LastLayerSeen
         return call.returned
-
-    def close(self) -> Measurements:
-        """End the forward; calls that are seen after this belong to blocks that are computed again."""
-        found, self.found = self.found or [], None
-        return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,19 +17,83 @@ import comfy.samplers
 import comfy.utils
 import torch
 
+from .tiling import is_tiling_patch
+
 
 def weights_key(guider: Any) -> tuple[Any, ...] | None:
-    """Return a key that changes whenever the model computes something else; None where that cannot be known."""
+    """Return a key that changes whenever the model computes something else; None where that cannot be known.
+
+    How its convolutions meet the edges is not part of it: ``tiling_key``.
+    """
     model = guider.model_patcher
-    values = {name: value for name, value in model.object_patches.items() if name != "model_sampling"}
+    known = (name for name in model.object_patches if name != "model_sampling" and not is_tiling_patch(name))
+    values = {name: model.object_patches[name] for name in known}
     if any(model.injections.values()) or not all(isinstance(value, (str, int, float)) for value in values.values()):
         return None
     return (model.patches_uuid, *sorted(values.items()))
 
 
-def is_weighted_operation(module: torch.nn.Module) -> bool:
-    """Return one of ComfyUI's own operations, whose weights it casts and streams. (Not what a network derives from them.)"""
-    return isinstance(module, comfy.ops.CastWeightBiasOp) and type(module).forward.__module__ == comfy.ops.__name__
+# What an operation of ComfyUI is made of; another node pack may replace any of them, on a class or on one module.
+_OWN_METHODS = ("forward", "forward_comfy_cast_weights", "_conv_forward", "_forward")
+_OWN_MODULES = ("comfy.ops", "torch.nn.")
+_OWN_PARAMETERS = {"weight", "bias", "pre_quant_scale", "input_scale", "weight_scale", "weight_scale_2"}
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+
+def holds_weights(module: torch.nn.Module) -> bool:
+    """Return whether a module is one of ComfyUI's operations, or another node pack's layer with tensors of its own."""
+    if isinstance(module, comfy.ops.CastWeightBiasOp):
+        return True
+    if module._modules or _class_is_comfys(type(module)) and "forward" not in module.__dict__:
+        return False
+    tensors = (module._parameters, module._buffers, module.__dict__)
+    return any(isinstance(value, torch.Tensor) for found in tensors for value in found.values())
+
+
+@functools.cache
+def _class_is_comfys(cls: type) -> bool:
+    return cls.__module__.startswith(("comfy.", "torch."))
+
+
+@functools.cache
+def _methods_are_comfys(cls: type) -> bool:
+    if not issubclass(cls, comfy.ops.CastWeightBiasOp) or not _class_is_comfys(cls):
+        return False
+    methods = [getattr(cls, name) for name in _OWN_METHODS if hasattr(cls, name)]
+    return all(method.__module__.startswith(_OWN_MODULES) for method in methods)
+
+
+def is_own_operation(module: torch.nn.Module) -> bool:
+    """Return whether a module is one of ComfyUI's operations and nothing else acts in it: its forward, cast and parameters are
+    ComfyUI's own."""
+    own = module.__dict__
+    if not _methods_are_comfys(type(module)) or any(name in own for name in _OWN_METHODS):
+        return False
+    return _OWN_PARAMETERS.issuperset(module._parameters) and "weight" in module._parameters and not module._buffers
+
+
+def is_resident(module: Any) -> bool:
+    """Return whether ComfyUI uses the weight of an operation as it lies there: nothing to cast, stream, patch or dequantise."""
+    parameters = module._parameters
+    if module.comfy_cast_weights or module.weight_function or module.bias_function or hasattr(module, "_v"):
+        return False
+    return len(parameters) <= 2 and all(value is None or type(value) in _PLAIN_TYPES for value in parameters.values())
+
+
+def weight_state(module: Any) -> tuple[Any, ...]:
+    """Return a key that changes when ComfyUI moves, patches or replaces the weight of an operation."""
+    own, parameters = module.__dict__, module._parameters
+    tensors = [
+        value.data_ptr() if type(value) in _PLAIN_TYPES else id(value) for value in parameters.values() if value is not None
+    ]
+    functions = own.get("weight_function"), own.get("bias_function")
+    return (own.get("forward"), own.get("comfy_cast_weights"), "_conv_forward" in own, *map(bool, functions), *tensors)
+
+
+def dequantised(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the plain tensor that a tensor of another class stands for."""
+    own = type(tensor).dequantize is not torch.Tensor.dequantize
+    return tensor.dequantize() if own else tensor.as_subclass(torch.Tensor)
 
 
 @contextmanager
@@ -39,7 +104,7 @@ def cast_weights(module: Any, like: torch.Tensor) -> Iterator[tuple[torch.Tensor
         return
     weight, bias, stream = comfy.ops.cast_bias_weight(module, like, offloadable=True)
     try:
-        plain = weight.dequantize() if type(weight) not in (torch.Tensor, torch.nn.Parameter) else weight
+        plain = weight if type(weight) in _PLAIN_TYPES else dequantised(weight)
         yield plain, bias
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
