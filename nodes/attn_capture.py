@@ -55,8 +55,8 @@ class AttnMapCapture(io.ComfyNode):
                         default=512,
                         min=1,
                         max=65536,
-                        tooltip="Memory limit for the maps, in MB. When they would need more, their resolution is lowered "
-                        "first, then separate heads and steps are dropped; the console reports it.",
+                        tooltip="Memory limit for the maps of all runs, in MB. When they would need more, their resolution is "
+                        "lowered first, then separate heads and steps are dropped; the console reports it.",
                     )
                 ),
             ],
@@ -67,7 +67,7 @@ class AttnMapCapture(io.ComfyNode):
                 ),
                 AttnMapsSocket.Output(
                     display_name="attn_maps",
-                    tooltip="The attention maps of the last run with this model. Empty until the sampler has run.",
+                    tooltip="The attention maps of the runs with this model. Empty until the sampler has run.",
                 ),
             ],
         )

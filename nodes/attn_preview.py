@@ -51,7 +51,8 @@ class AttnMapPreview(io.ComfyNode):
                 io.String.Input(
                     "words",
                     default="",
-                    tooltip="Words or phrases of the prompt, separated by commas: cat, red frog. cat#2 is the second cat. "
+                    tooltip="Words or phrases of the prompt, separated by commas: cat, red frog. cat#2 is the second cat, "
+                    "cat + dog both, cat - eyes the cat without its eyes; <start> and <end> are the tokens around the prompt. "
                     "Empty: the subjects marked in Prompt with Subjects, or every word if none is marked.",
                 ),
                 io.Combo.Input(

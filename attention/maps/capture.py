@@ -29,6 +29,7 @@ from ..networks.table import network_layout, unknown_network_message
 from .attn_maps import AttnMaps
 from .observer import ModelCall
 from .recorder import CaptureRun
+from .recording import LatentSize
 from .runs import Run
 from .settings import CaptureSettings
 
@@ -84,12 +85,11 @@ class Capture:
         with host.run_scope(guider, self.key, run):
             result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         start, end = (_kept_latent(latent, kwargs.get("latent_shapes")) for latent in (latent_image, result))
-        run.meta["pixels_per_latent"] = host.pixels_per_latent(guider.model_patcher)
-        run.meta["latent"] = list(end.shape[-2:])
-        if end.ndim == 5:
-            run.meta["frames_per_latent"] = host.frames_per_latent(guider.model_patcher)
+        recording = run.recording()
+        patcher = guider.model_patcher
+        recording.latent = LatentSize(*end.shape[-2:], host.pixels_per_latent(patcher), host.frames_per_latent(patcher))
         seed = args[3] if len(args) > 3 else kwargs.get("seed")
-        self.maps.fill(Run(run.recording(), start, end, seed, host.executing_node()), run.limit)
+        self.maps.fill(Run(recording, start, end, seed, host.executing_node()), run.limit)
         log.info(run.summary())
         return result
 

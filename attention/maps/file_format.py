@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from typing import Any, cast
 
 from torch import Tensor
 
 from ..networks.grids import Grid
-from .recording import LayerMaps, PromptMaps, Recording, SelfAttention, StepFigures
+from .recording import LatentSize, LayerMaps, PromptMaps, Recording, SelfAttention, StepFigures
 
 _FORMAT = "fovea.attn_maps"
 # 2: padding has no maps of its own. Maps that hold all tokens are still written as 1, which older versions read.
@@ -53,6 +54,7 @@ def to_tensors(recording: Recording) -> tuple[dict[str, Tensor], dict[str, str]]
         "grid": recording.grid,
         "notes": recording.notes,
         "meta": recording.meta,
+        "latent": None if recording.latent is None else list(astuple(recording.latent)),
         "prompts": prompts,
     }
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, {_FORMAT: json.dumps(described)}
@@ -84,6 +86,7 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
             prompts=prompts,
             notes=[str(note) for note in described["notes"]],
             meta=dict(described["meta"]),
+            latent=LatentSize(*(int(value) for value in described["latent"])) if described.get("latent") else None,
         )
         _check_shapes(recording)
     except (KeyError, TypeError, IndexError, ValueError) as error:

@@ -39,8 +39,8 @@ def maps_of_images(maps: AttnMaps, images: Tensor, latent: Tensor | None = None,
     if origin is not None:
         maps.note_shown(origin.node_id, stages, origin.sharing())
     whole = joined(stages)
-    if whole.sigmas and whole.sigmas[-1] > 0 and any(entry.sigmas[-1] == 0 for entry in (r.recording for r in maps.runs)):
-        notes.append("the run of these maps stopped before the image was finished; the rest was sampled elsewhere")
+    if whole.sigmas and whole.sigmas[-1] > 0:
+        notes.append(f"this run ended at sigma {whole.sigmas[-1]:.3g}: steps after it were sampled elsewhere, or not at all")
     found = AttnMaps()
     found.fill(replace(run, recording=replace(whole, notes=[*whole.notes, *notes])))
     return found
@@ -82,9 +82,8 @@ def fits_shape(recording: Recording, images: Tensor) -> bool:
 
 
 def _described(recording: Recording) -> str:
-    side = recording.meta.get("pixels_per_latent", 8)
-    size = recording.meta.get("latent")
-    shape = f"{size[1] * side} x {size[0] * side}" if size else f"maps of {recording.grid[2]} x {recording.grid[1]}"
+    size = recording.latent
+    shape = f"{size.decoded[1]} x {size.decoded[0]}" if size else f"maps of {recording.grid[2]} x {recording.grid[1]}"
     return f"{recording.batch} of {shape}"
 
 
@@ -178,8 +177,8 @@ def _likest(runs: Sequence[Run], images: Tensor) -> Run:
 
 def _is_exact(run: Run, images: Tensor) -> bool:
     """Return whether the images have just the size that the run's latent is decoded to."""
-    size, side = run.recording.meta.get("latent"), run.recording.meta.get("pixels_per_latent")
-    return bool(size and side) and list(images.shape[1:3]) == [size[0] * side, size[1] * side]
+    size = run.recording.latent
+    return size is not None and size.decoded == tuple(images.shape[1:3])
 
 
 def likeness_of(run: Run, images: Tensor) -> float:

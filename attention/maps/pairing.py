@@ -72,8 +72,8 @@ def _wrong_number(count: int, batch: int) -> str:
 
 def _video(maps: AttnMaps, images: Tensor, prompt: str, batch_index: int, frame: int) -> Paired:
     count, videos = len(images), maps.batch
-    each = maps.require().meta.get("frames_per_latent", 4)
-    all_frames = (maps.frames - 1) * each + 1
+    size = maps.require().latent
+    all_frames = (maps.frames - 1) * (4 if size is None else size.frames) + 1
     if count % videos and not (count == 1 or batch_index >= 0):
         raise ValueError(_wrong_number(count, videos))
     if count == 1:

@@ -117,6 +117,27 @@ class PromptMaps:
         return chosen * torch.tensor(shares, dtype=chosen.dtype, device=chosen.device).view(shape)
 
 
+@dataclass(frozen=True)
+class LatentSize:
+    """The latent of a run.
+
+    Attributes:
+        height, width: in latent pixels.
+        pixels: side of a latent pixel in the decoded image.
+        frames: of the decoded video in one latent frame after the first.
+    """
+
+    height: int
+    width: int
+    pixels: int
+    frames: int = 4
+
+    @property
+    def decoded(self) -> tuple[int, int]:
+        """Return height and width of the decoded image."""
+        return self.height * self.pixels, self.width * self.pixels
+
+
 @dataclass
 class Recording:
     """One sampling run."""
@@ -127,3 +148,4 @@ class Recording:
     prompts: list[PromptMaps]
     notes: list[str] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
+    latent: LatentSize | None = None

@@ -72,6 +72,7 @@ def _joined(first: Recording, then: Recording) -> Recording | None:
         prompts=prompts,
         notes=list(dict.fromkeys([*first.notes, *then.notes])),
         meta={**first.meta, **then.meta},
+        latent=then.latent,
     )
 
 
