@@ -6,13 +6,26 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..attention.dit import dit_sampler, load_dit
-from ..attention.dit.labels import NULL, label_conditioning, label_options, parse_labels
-from ._schema import node_schema
+from ..attention.dit.blends import NULL
+from ..attention.dit.labels import label_conditioning, label_options, parse_labels
+from ..attention.dit.model import AUTO, LATENT_FORMATS
+from ._schema import advanced, node_schema
 
-_FOLDER = "diffusion_models"
+_FOLDERS = "diffusion_models", "checkpoints"
 _PREDICTIONS = ["auto", "epsilon", "velocity"]
 _CFG_CHANNELS = {"3 (as published)": 3, "4": 4}
 _DEFAULT_LABEL = 207  # golden retriever, the paper's favourite
+
+
+def _files() -> list[str]:
+    """Return the names of the files in all folders, each once."""
+    return list(dict.fromkeys(name for folder in _FOLDERS for name in folder_paths.get_filename_list(folder)))
+
+
+def _path(name: str) -> str:
+    """Return the path of a file in the first folder that has it."""
+    found = (folder_paths.get_full_path(folder, name) for folder in _FOLDERS)
+    return next(filter(None, found), None) or folder_paths.get_full_path_or_raise(_FOLDERS[0], name)
 
 
 class DiTLoader(io.ComfyNode):
@@ -29,9 +42,9 @@ class DiTLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folder_paths.get_filename_list(_FOLDER),
-                    tooltip="A DiT file in models/diffusion_models, such as DiT-XL-2-256x256.pt. Code inside a file is never "
-                    "run.",
+                    options=_files(),
+                    tooltip="A DiT file in models/diffusion_models or models/checkpoints, such as DiT-XL-2-256x256.pt. Code "
+                    "inside a file is never run.",
                 ),
                 io.Combo.Input(
                     "prediction",
@@ -46,7 +59,17 @@ class DiTLoader(io.ComfyNode):
                     options=list(_CFG_CHANNELS),
                     default=next(iter(_CFG_CHANNELS)),
                     tooltip="How many of the 4 latent channels CFG is applied to. The published results use 3; with 4, as in "
-                    "diffusers, the same cfg is slightly stronger.",
+                    "diffusers, the same cfg is slightly stronger. Models with other latents use all channels.",
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "latent_format",
+                        options=list(LATENT_FORMATS),
+                        default=AUTO,
+                        optional=True,
+                        tooltip="The VAE that the model was trained with, which sets the scale of its latents. auto: SD1.5 for 4 "
+                        "channels, otherwise unscaled. Decode with the same VAE.",
+                    )
                 ),
             ],
             outputs=[
@@ -58,9 +81,14 @@ class DiTLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model_name: str, prediction: str = "auto", cfg_channels: str = "3 (as published)") -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise(_FOLDER, model_name)
-        return io.NodeOutput(load_dit(path, prediction, _CFG_CHANNELS[cfg_channels]))
+    def execute(
+        cls,
+        model_name: str,
+        prediction: str = "auto",
+        cfg_channels: str = "3 (as published)",
+        latent_format: str = AUTO,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(load_dit(_path(model_name), prediction, _CFG_CHANNELS[cfg_channels], latent_format))
 
 
 class DiTClassLabel(io.ComfyNode):
@@ -82,8 +110,9 @@ class DiTClassLabel(io.ComfyNode):
                 io.String.Input(
                     "labels",
                     default="",
-                    tooltip="Several classes, one for each image of the batch: numbers or names separated by commas, for "
-                    "example 207, tabby, 980. Overrides label. Set the same batch_size in the latent; a shorter list repeats.",
+                    tooltip="Several classes, one for each image of the batch: numbers, names or WordNet ids separated by "
+                    "commas, for example 207, tabby, n09472597. Overrides label. Set the same batch_size in the latent; a "
+                    "shorter list repeats.",
                 ),
             ],
             outputs=[

@@ -1,25 +1,53 @@
-"""Class labels of a DiT: ImageNet's names, and the conditioning that carries class indices to the model."""
+"""Class labels of a DiT: what people type, and the conditioning that carries class indices to the model."""
 
 from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..host import log
+from .blends import MOST_CLASSES, to_rows
+
 LABELS = "fovea_class_labels"  # in a conditioning: (n,) int64, one for each image of the batch
-NULL = -1  # "no class", whose index depends on the model
 Conditioning = list[list[Any]]
+
+_SEPARATORS = re.compile(r"[,;、\n\r\t|]")
+_NUMBER = re.compile(r"#?(?:class(?:es)?|label|index)?\s*#?\s*(\d+)", re.IGNORECASE)
+_NUMBERED_NAME = re.compile(r"(\d+)(?:\s*:\s*|\s+-\s+|\s+)(.+)")
+_WORDNET = re.compile(r"(n\d{8})(?:[\s_:].*)?", re.IGNORECASE)
+
+
+def _lines(file: str) -> tuple[str, ...]:
+    return tuple(Path(__file__).with_name(file).read_text(encoding="utf-8").splitlines())
 
 
 @cache
 def imagenet_names() -> tuple[str, ...]:
     """Return the 1000 classes of ILSVRC 2012 by index: WordNet's name, and after commas its synonyms."""
-    text = Path(__file__).with_name("imagenet_names.txt").read_text(encoding="utf-8")
-    return tuple(text.splitlines())
+    return _lines("imagenet_names.txt")
+
+
+@cache
+def imagenet_ids() -> dict[str, int]:
+    """Return the index of each class by its WordNet id, which is the name of its folder in ImageNet ("n02099601": 207)."""
+    return {name: index for index, name in enumerate(_lines("imagenet_ids.txt"))}
+
+
+@cache
+def _synonyms() -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(line.split(", ")) for line in imagenet_names())
+
+
+@cache
+def _plain_synonyms() -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(map(_plain, names)) for names in _synonyms())
 
 
 def label_options() -> list[str]:
@@ -28,52 +56,151 @@ def label_options() -> list[str]:
 
 
 def parse_labels(text: str) -> list[int]:
-    """Return class indices of a comma separated list of numbers and names.
+    """Return class indices of a list of numbers, names and WordNet ids, in any of the ways lists are written.
+
+    Entries are separated by commas, semicolons or lines, and may be in brackets and quotes. A class with its synonyms, such as
+    an entry of the node's own list, is one entry in spite of its commas.
 
     Raises:
         ValueError: a name that is not there or means several classes; the message names those that come close.
     """
-    entries = [entry.strip() for entry in text.replace("\n", ",").split(",")]
-    return [_index(entry) for entry in entries if entry]
+    entries = _entries(text)
+    labels: list[int] = []
+    while entries:
+        index, used = _first(entries)
+        labels.append(index)
+        entries = entries[used:]
+    return labels
 
 
-def _index(entry: str) -> int:
-    number = re.match(r"(\d+)(:|$)", entry)
+def _entries(text: str) -> list[str]:
+    """Return the parts of a list as somebody pasted it: full-width signs, brackets and quotes mean nothing."""
+    text = unicodedata.normalize("NFKC", text).replace("\u2019", "'").strip()
+    text = re.sub(r"^\s*(?:np\.|torch\.)?(?:array|tensor)\s*(?=\()", "", text)
+    while text[:1] == "(" and text[-1:] == ")" and "(" not in text[1:-1]:
+        text = text[1:-1]
+    parts = [part.strip().strip("\"'`[]{}【】「」").strip().removesuffix(".") for part in _SEPARATORS.split(text)]
+    spaced = (part.split() if re.fullmatch(r"\d+(\s+\d+)+", part) else [part] for part in parts)
+    return [part for group in spaced for part in group if part]
+
+
+def _first(entries: Sequence[str]) -> tuple[int, int]:
+    """Return the class that a list begins with, and how many of its entries name it."""
+    entry = entries[0]
+    number, numbered, wordnet = _NUMBER.fullmatch(entry), _NUMBERED_NAME.fullmatch(entry), _WORDNET.fullmatch(entry)
     if number:
-        return int(number[1])
-    found = _named(entry)
+        return _checked(number[1]), 1
+    if numbered:
+        index = _checked(numbered[1])
+        same = 0 <= index < len(imagenet_names()) and _spelled(index, [numbered[2], *entries[1:]])
+        if same or ":" in entry:  # the names of other classes than ImageNet's are not known
+            return index, same or 1
+    if wordnet:
+        if (found := imagenet_ids().get(wordnet[1].lower())) is None:
+            raise ValueError(
+                f"labels has '{entry}', which is the WordNet id of none of ImageNet's {len(imagenet_ids())} classes. Write the "
+                "class number."
+            )
+        return found, 1
+    spelled = {index: used for index in range(len(imagenet_names())) if (used := _spelled(index, entries)) > 1}
+    if spelled:
+        index = max(spelled, key=lambda index: spelled[index])
+        return index, spelled[index]
+    return _named(entry), 1
+
+
+def _checked(digits: str) -> int:
+    if len(digits) > 9 or int(digits) >= MOST_CLASSES:
+        raise ValueError(f"labels has '{digits}', which is no class number: ImageNet's are 0 to {len(imagenet_names()) - 1}.")
+    return int(digits)
+
+
+def _spelled(index: int, entries: Sequence[str]) -> int:
+    """Return how many of the first entries are the names of a class, in their order and from the first on."""
+    used = 0
+    for entry, name in zip(map(_plain, entries), _plain_synonyms()[index], strict=False):
+        if entry != name:
+            break
+        used += 1
+    return used
+
+
+def _plain(name: str) -> str:
+    """Return a name as it is compared: without case, hyphens, underscores, double spaces and a last dot."""
+    return re.sub(r"[\s_-]+", " ", name).strip(" .").lower()
+
+
+def _named(entry: str) -> int:
+    """Return the class of a name or of a word in names.
+
+    Raises:
+        ValueError: it is none, or the word of several.
+    """
+    found = _of_name(entry)
     if len(found) == 1:
         return found[0]
     if found:
-        choices = ", ".join(_shown(index) for index in found)
-        raise ValueError(f"labels has '{entry}', which is the name of several classes: {choices}. Write the number.")
-    every = {name.lower(): index for index, names in reversed(list(enumerate(imagenet_names()))) for name in names.split(", ")}
-    close = dict.fromkeys(every[name] for name in difflib.get_close_matches(entry.lower(), every, n=4))
+        raise ValueError(f"labels has '{entry}', which is the name of several classes: {_listed(found)}. Write the number.")
+    found = _of_word(entry)
+    if len(found) == 1:
+        log.info("DiT Class Label: '%s' is class %s", entry, _shown(found[0]))
+        return found[0]
+    if found:
+        raise ValueError(
+            f"labels has '{entry}', which is a word in the names of several classes: {_listed(found)}. Write the number or the "
+            "whole name."
+        )
+    every = {name: index for index, names in reversed(list(enumerate(_plain_synonyms()))) for name in names}
+    close = dict.fromkeys(every[name] for name in difflib.get_close_matches(_plain(entry), every, n=4))
     hint = f" Did you mean {' or '.join(_shown(index) for index in close)}?" if close else ""
     raise ValueError(
         f"labels has '{entry}', which is neither a class number nor one of ImageNet's names.{hint} Separate several by commas."
     )
 
 
+def _of_name(name: str) -> list[int]:
+    """Return the classes of that name.
+
+    The first of a class's names counts before its synonyms, the exact letters before any case.
+    """
+    plain = _plain(name)
+    firsts = [i for i, own in enumerate(_synonyms()) if own[0] == name]
+    firsts = firsts or [i for i, own in enumerate(_plain_synonyms()) if re.sub(r" \(.*", "", own[0]) == plain or own[0] == plain]
+    return firsts or [i for i, own in enumerate(_plain_synonyms()) if plain in own]
+
+
+def _of_word(word: str) -> list[int]:
+    """Return the classes in whose names a word stands, whole, also in the plural; else those in which it is a part of a word."""
+    plain = _plain(word)
+    if len(plain) < 3 or not re.search(r"[a-z]", plain):
+        return []
+    whole = re.compile(rf"\b{re.escape(plain.removesuffix('s'))}s?\b")
+    found = [i for i, own in enumerate(_plain_synonyms()) if any(whole.search(name) for name in own)]
+    parts = [i for i, own in enumerate(_plain_synonyms()) if any(plain in name for name in own)]
+    return found or (parts if len(parts) > 1 else [])
+
+
+def _listed(indices: Sequence[int]) -> str:
+    most = 12
+    rest = f" and {len(indices) - most} more" if len(indices) > most else ""
+    return ", ".join(_shown(index) for index in indices[:most]) + rest
+
+
 def _shown(index: int) -> str:
-    return f"{index} ({imagenet_names()[index].split(', ')[0]})"
+    return f"{index} ({_synonyms()[index][0]})"
 
 
-def _named(name: str) -> list[int]:
-    """Classes of that name. The first of a class's names counts before its synonyms, the exact letters before any case."""
-    names = [line.split(", ") for line in imagenet_names()]
-    tests = (
-        lambda own: own[0] == name,
-        lambda own: re.sub(r" \(.*", "", own[0]).lower() == name.lower(),
-        lambda own: name.lower() in (one.lower() for one in own),
-    )
-    return next((found for test in tests if (found := [i for i, own in enumerate(names) if test(own)])), [])
+def listed(names: Sequence[str]) -> str:
+    """Return a model's own class names with their numbers, in one line: "0 (cat), 1 (dog)"."""
+    most = 100
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"{index} ({name[:40]})" for index, name in enumerate(names[:most])) + rest
 
 
 def label_conditioning(labels: list[int]) -> Conditioning:
     """Return a CONDITIONING of class indices, one for each image of the batch.
 
-    The indices are integers beside the tensor in which text has its features: that one ComfyUI casts to the model's
-    precision. It is a mark instead, of one; where a node has zeroed it, the class is to be left out.
+    The indices are integers beside the tensor in which text has its features: that one ComfyUI casts to the model's precision.
+    The tensor has them too (``blends``), so that nodes which zero or average it do so to classes.
     """
-    return [[torch.ones(1, 1, 1), {LABELS: torch.tensor(labels, dtype=torch.int64)}]]
+    return [[to_rows(labels), {LABELS: torch.tensor(labels, dtype=torch.int64)}]]

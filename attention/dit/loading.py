@@ -12,32 +12,46 @@ from torch import Tensor
 from .. import host
 from ..host import ModelPatcher, log
 from .checkpoint import read_dit
-from .model import DiTConfig
+from .labels import listed
+from .model import AUTO, DiTConfig
 
-GUIDED_CHANNELS = 3  # of 4, as published
+GUIDED_CHANNELS, PUBLISHED_CHANNELS = 3, 4  # of the latent, as published
 
 
 def load_dit(
-    path: str, prediction: str = "auto", cfg_channels: int = GUIDED_CHANNELS, disable_dynamic: bool = False
+    path: str,
+    prediction: str = "auto",
+    cfg_channels: int = GUIDED_CHANNELS,
+    latent_format: str = AUTO,
+    disable_dynamic: bool = False,
 ) -> ModelPatcher:
     """Return a DiT or SiT as a MODEL, in ComfyUI's hands for memory, precision and patches.
 
     Args:
         prediction: "epsilon" (DiT), "velocity" (SiT) or "auto": what the file says, else what its name says.
-        cfg_channels: how many of the latent's channels classifier-free guidance changes; 3 as published.
-        disable_dynamic: of newer hosts, which call this again for a copy of the model (several GPUs, no dynamic VRAM).
+        cfg_channels: how many of a latent's 4 channels classifier-free guidance changes; 3 as published. A latent of other
+            than 4 channels is guided as a whole.
+        latent_format: a key of ``LATENT_FORMATS``, the VAE that the model was trained with.
+        disable_dynamic: of newer ComfyUI, which calls this again for a copy of the model (several GPUs, no dynamic VRAM).
 
     Raises:
-        ValueError: see ``read_dit``.
+        ValueError: see ``read_dit``; or the latents of that VAE do not have the model's channels.
     """
     file = read_dit(path)
     name = Path(path).name
     kind = _prediction(prediction, file.prediction, name)
     log.info("Load DiT: %s: %s, predicts %s", name, file.summary, kind)
-    model = host.patcher_for(DiTConfig(file.network, kind), file.weights, disable_dynamic)
-    if cfg_channels < file.network["in_channels"]:
+    if file.names:
+        log.info("Load DiT: classes: %s", listed(file.names))
+    from_image = file.from_image and kind == "velocity"
+    config = DiTConfig(file.network, kind, from_image, latent_format, file.names)
+    model = host.patcher_for(config, file.weights, disable_dynamic)
+    channels = file.network["in_channels"]
+    if channels == PUBLISHED_CHANNELS > cfg_channels:
         model.set_model_sampler_post_cfg_function(guide_some_channels(cfg_channels))
-    model.cached_patcher_init = (load_dit, (path, prediction, cfg_channels))
+    elif channels > cfg_channels:
+        log.info("Load DiT: CFG is applied to all %d channels: what was published holds for latents of 4", channels)
+    model.cached_patcher_init = (load_dit, (path, prediction, cfg_channels, latent_format))
     return model
 
 

@@ -8,7 +8,7 @@ four sizes (S, B, L, XL), three patch sizes (2, 4, 8) and four ways for timestep
 - adaLN: shift and scale of every layer norm are computed from their sum;
 - adaLN-Zero: the same, and gates on what each block adds. This is the published model.
 
-Nothing here knows how a file is read or how an image is sampled (``dit_files``, ``dit_host``). Layers are ComfyUI's, so
+Nothing here knows how a file is read or how an image is sampled (``checkpoint``, ``model``). Layers are ComfyUI's, so
 that weights can be offloaded, cast and patched; parameter names are those of the published checkpoints.
 """
 
@@ -105,12 +105,14 @@ class TimestepEmbedder(nn.Module):
 class LabelEmbedder(nn.Module):
     """One row per class, and a last one for "no class", which classifier-free guidance needs (section 3.2)."""
 
-    def __init__(self, classes: int, width: int, layers: dict[str, Any], operations: Any) -> None:
+    def __init__(self, rows: int, width: int, layers: dict[str, Any], operations: Any) -> None:
         super().__init__()
-        self.embedding_table = operations.Embedding(classes + 1, width, **layers)
+        self.embedding_table = operations.Embedding(rows, width, **layers)
 
-    def forward(self, y: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.embedding_table(y, out_dtype=dtype).to(dtype)
+    def forward(self, y: Tensor, dtype: torch.dtype, weights: Tensor | None = None) -> Tensor:
+        """Return (B, D): the embeddings of classes (B,), or sums of those of (B, K) with ``weights`` (B, K)."""
+        embedded: Tensor = self.embedding_table(y, out_dtype=dtype).to(dtype)
+        return embedded if weights is None else (embedded * weights.to(dtype)[..., None]).sum(1)
 
 
 class SelfAttention(nn.Module):
@@ -230,6 +232,7 @@ class DiT(nn.Module):
         depth, width, heads: blocks, channels of a token, attention heads (``SIZES``).
         patch_size: side of a patch, in latent pixels.
         classes: without the null class, whose index is ``classes``.
+        null_class: it has one; a network that was trained without dropping labels has none.
         in_channels, out_channels: of the latent; twice as many come out where the variance is learned (section 3.1).
         conditioning: one of the four designs.
         frequency_shift, mlp_eps: the two details in which diffusers' network differs from the paper's (1 and 1e-5 there).
@@ -253,6 +256,7 @@ class DiT(nn.Module):
         dtype: torch.dtype | None = None,
         device: Any = None,
         operations: Any = host.plain_operations,
+        null_class: bool = True,
     ) -> None:
         super().__init__()
         layers = {"dtype": dtype, "device": device}
@@ -260,13 +264,14 @@ class DiT(nn.Module):
         self.width = width
         self.patch_size = patch_size
         self.classes = classes
+        self.null_class = null_class
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.conditioning = Conditioning(conditioning)
         adaptive = self.conditioning in (Conditioning.ADALN, Conditioning.ADALN_ZERO)
         self.x_embedder = PatchEmbedder(in_channels, width, patch_size, layers, operations)
         self.t_embedder = TimestepEmbedder(width, frequency_shift, layers, operations)
-        self.y_embedder = LabelEmbedder(classes, width, layers, operations)
+        self.y_embedder = LabelEmbedder(classes + null_class, width, layers, operations)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, self.conditioning, mlp_eps, layers, operations) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch_size * patch_size * out_channels, adaptive, layers, operations)
 
@@ -274,13 +279,21 @@ class DiT(nn.Module):
     def learns_variance(self) -> bool:
         return self.out_channels == 2 * self.in_channels
 
-    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor, transformer_options: TransformerOptions | None = None) -> Tensor:
-        """Noise (and variance) of a latent.
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        transformer_options: TransformerOptions | None = None,
+        label_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Return the noise (and variance) of a latent.
 
         Args:
             x: (B, in_channels, H, W), of any size; one that is no multiple of the patch is padded.
             timesteps: (B,), of any number type.
-            y: (B,) int class indices; ``classes`` is the null class.
+            y: (B,) int class indices, ``classes`` is the null class; or (B, K), to be blended.
+            label_weights: (B, K), how much of each of K classes.
             transformer_options: of ComfyUI; patches that replace a block are called as in ComfyUI's own transformers.
 
         Returns:
@@ -292,7 +305,7 @@ class DiT(nn.Module):
         grid = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
 
         t = self.t_embedder(timesteps, x.dtype)  # (B, D)
-        label = self.y_embedder(y, x.dtype)  # (B, D)
+        label = self.y_embedder(y, x.dtype, label_weights)  # (B, D)
         both = torch.stack([t, label], 1)  # (B, 2, D)
         c = both if self.conditioning is Conditioning.CROSS_ATTENTION else t + label
         tokens = self.x_embedder(x) + position_table(*grid, self.width, x.device).to(x.dtype)  # (B, T, D)

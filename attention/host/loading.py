@@ -12,6 +12,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 
+def maps_files() -> bool:
+    """Return whether files may be mapped into memory, which ComfyUI's ``--disable-mmap`` forbids."""
+    return not comfy.utils.DISABLE_MMAP
+
+
 def load_file(path: str) -> tuple[Mapping[str, Any], Mapping[str, str] | None]:
     """Return the tensors of a model file, mapped into memory, and its text metadata."""
     return comfy.utils.load_torch_file(path, return_metadata=True)

@@ -94,6 +94,16 @@ LEFT_OUT = (
 )  # fmt: skip
 
 
+def unknown_configs() -> list[str]:
+    """Return the classes of this ComfyUI's list of models that no row of the table stands for, such as those of a new release."""
+    import comfy.supported_models
+
+    listed = [cls.__name__ for cls in comfy.supported_models.models if cls.__module__ == comfy.supported_models.__name__]
+    built = {config for family in builders().values() for config in own_configs(family)}
+    same = {config for row in ROWS for config in row.same}
+    return sorted(set(listed) - built - same - set(LEFT_OUT))
+
+
 def builders() -> dict[str, Any]:
     """Return everything that can be built, by name."""
     from families import FAMILIES
@@ -154,7 +164,16 @@ def without_names(cell: Cell, *names: str) -> Cell:
 
 
 def main() -> None:
-    publish(PAGE, ROWS, measure, __doc__ or "")
+    publish(PAGE, ROWS, measure, __doc__ or "", unknown_rows)
+
+
+def unknown_rows() -> list[str]:
+    """Return what a new release asks for: a builder and a row for each class that the table does not know."""
+    return [
+        f"{name}: this ComfyUI has it, and the table does not. Add a builder in dev/families/ and a row in "
+        "dev/compatibility/matrix.py, or name it in LEFT_OUT if it makes no images."
+        for name in unknown_configs()
+    ]
 
 
 if __name__ == "__main__":

@@ -154,8 +154,12 @@ def publish(
     rows: Sequence[AnyNamed],
     measure: Callable[[Sequence[AnyNamed], Callable[[str], None]], list[Line]],
     about: str,
+    unknown: Callable[[], list[str]] = list,
 ) -> None:
-    """Run a page's command: measure what was chosen, print it, and write it if asked to; a fault is an error."""
+    """Run a page's command: measure what was chosen, print it, and write it if asked to; a fault is an error.
+
+    ``unknown`` returns what this ComfyUI has and the page does not, which is an error too where all rows were chosen.
+    """
     parser = argparse.ArgumentParser(prog=f"python dev {page.command}", description=about.splitlines()[0])
     parser.add_argument("--only", default="", metavar="WORD", help="only what has this in its name")
     parser.add_argument("--write", action="store_true", help=f"put the table into {page.file.name}")
@@ -174,5 +178,7 @@ def publish(
     if arguments.write:
         page.write(table)
     faults = [text for line in lines for text in line.faults]
+    if len(chosen) == len(rows):
+        faults += unknown()
     if faults:
         sys.exit("\n".join(["", *faults]))

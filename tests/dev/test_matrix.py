@@ -26,7 +26,19 @@ def test_every_class_of_the_hosts_list_is_in_the_table_or_left_out_by_name():
     same = {config for row in matrix.ROWS for config in row.same}
     hosts_own = {cls.__name__ for cls in comfy.supported_models.models if cls.__module__ == comfy.supported_models.__name__}
     assert hosts_own == {*built, *same, *matrix.LEFT_OUT}
+    assert matrix.unknown_configs() == []
     assert sorted(name for row in matrix.ROWS for name in row.families) == sorted(families)
+
+
+@pytest.mark.usefixtures("of_this_host")
+def test_a_class_that_a_new_release_brings_is_listed(monkeypatch: pytest.MonkeyPatch):
+    class WAN99_Animate(comfy.supported_models.WAN21_T2V):
+        pass
+
+    WAN99_Animate.__module__ = comfy.supported_models.__name__
+    monkeypatch.setattr(comfy.supported_models, "models", [*comfy.supported_models.models, WAN99_Animate])
+    assert matrix.unknown_configs() == ["WAN99_Animate"]
+    assert [text.split(":")[0] for text in matrix.unknown_rows()] == ["WAN99_Animate"]
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def test_self_attention_intervals_and_dropped_guidance_by_counting(
     assert calls.batches == expected
     assert "cross-attention reused in 0 of 25 steps, negative prompt skipped in 15, self-attention reused in 5" in caplog.text
     assert (
-        "DiTModel has no separate cross-attention, so only self-attention is reused and the negative prompt dropped"
+        "DiTModel has no separate cross-attention, so only self-attention is reused and the negative prompt is dropped"
         in caplog.text
     )
 

@@ -241,7 +241,7 @@ def changed(**edits: torch.Tensor | None) -> dict[str, torch.Tensor]:
     [
         ({"blocks.2.mlp.fc1.weight": None}, r"incomplete: blocks\.2\.mlp\.fc1\.weight missing"),
         ({"blocks.0.attn.q_norm.weight": torch.ones(64)}, r"it also has blocks\.0\.attn\.q_norm\.weight"),
-        ({"projectors.0.0.weight": torch.ones(4, 4)}, r"it also has projectors"),
+        ({"heads.0.weight": torch.ones(4, 4)}, r"it also has heads\.0\.weight"),
         ({"blocks.1.attn.qkv.weight": torch.ones(128, 128)}, r"blocks\.1\.attn\.qkv\.weight in another shape"),
         ({"pos_embed": torch.randn(1, 16, 128)}, "positions are not the paper's"),
         ({"blocks.0.adaLN_modulation.1.weight": torch.ones(5 * 128, 128)}, "5 modulations"),
@@ -356,3 +356,58 @@ def test_the_node_lists_and_loads_diffusion_models(
     assert len(model.model_options["sampler_post_cfg_function"]) == 1
     assert "sampler_post_cfg_function" not in node.execute("DiT-T-2.safetensors", "auto", "4")[0].model_options
     assert importlib.import_module("fovea_attention.nodes.dit").DiTLoader is node
+
+
+@pytest.mark.newest
+def test_files_in_checkpoints_are_listed_and_loaded_too(
+    tmp_path: Path, node_classes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, classes, names in (("diffusion_models", 10, "ab"), ("checkpoints", 7, "bc")):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            write(tmp_path / folder / f"{name}.safetensors", bare(tiny(depth=1, classes=classes)))
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, folder, ([str(tmp_path / folder)], {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    node = node_classes["DiTLoader"]
+    assert node.define_schema().inputs[0].options == ["a.safetensors", "b.safetensors", "c.safetensors"]
+    found = [node.execute(f"{name}.safetensors")[0].model.diffusion_model.classes for name in "abc"]
+    assert found == [10, 10, 7]
+    with pytest.raises(FileNotFoundError):
+        node.execute("d.safetensors")
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize(
+    ("channels", "chosen", "scale"),
+    [
+        (4, "auto", 0.18215),
+        (4, "SDXL", 0.13025),
+        (4, "unscaled", 1.0),
+        (16, "auto", 1.0),
+        (16, "SD3", 1.5305),
+        (16, "Flux", 0.3611),
+    ],
+)
+def test_latents_of_another_vae(tmp_path: Path, channels: int, chosen: str, scale: float) -> None:
+    path = write(tmp_path / "x.safetensors", bare(tiny(depth=1, in_channels=channels, out_channels=channels)))
+    model = load_dit(path, latent_format=chosen)
+    ones = model.model.latent_format.process_in(torch.ones(1)) - model.model.latent_format.process_in(torch.zeros(1))
+    assert float(ones) == pytest.approx(scale)
+    factory, arguments = model.cached_patcher_init
+    assert factory(*arguments, disable_dynamic=True).model.latent_format.scale_factor == model.model.latent_format.scale_factor
+    if chosen in ("SDXL", "SD3"):
+        other = write(tmp_path / "y.safetensors", bare(tiny(depth=1, in_channels=8, out_channels=8)))
+        with pytest.raises(
+            ValueError, match=f"latent_format is {chosen}, whose latents have {channels} channels, but this model has 8"
+        ):
+            load_dit(other, latent_format=chosen)
+
+
+@pytest.mark.newest
+def test_own_class_names_are_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="fovea")
+    content = {"ema": bare(tiny(depth=1, classes=3)), "class_to_idx": {"cat": 0, "dog": 1, "hen": 2}}
+    model = load_dit(write(tmp_path / "x.pt", content))
+    assert "classes: 0 (cat), 1 (dog), 2 (hen)" in caplog.text
+    with pytest.raises(ValueError, match=r"none of this model's 3 classes.*Its classes: 0 \(cat\)"):
+        sample(model)
