@@ -7,7 +7,14 @@ from .distill import AttentionDistillSampler
 from .dit import DiTClassLabel, DiTLoader, DiTSampler
 from .excite import AttendExciteGuider
 from .prompt import FoveaPrompt
-from .seamless import FoveaSeamless, FoveaSeamlessDecode
+from .seamless import (
+    FoveaSeamless,
+    FoveaSeamlessDecode,
+    FoveaSeamlessEncode,
+    FoveaTileCrop,
+    FoveaTileView,
+    FoveaTileWrap,
+)
 from .tgate import TGateCache
 
 NODES = [
@@ -24,4 +31,8 @@ NODES = [
     AttentionDistillSampler,
     FoveaSeamless,
     FoveaSeamlessDecode,
+    FoveaSeamlessEncode,
+    FoveaTileWrap,
+    FoveaTileCrop,
+    FoveaTileView,
 ]

@@ -7,8 +7,15 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..attention import host
-from ..attention.distill import Adain, DistillSettings, Method, prepare, sample_distilled
+from ..attention.distill import (
+    Adain,
+    DistillSettings,
+    Method,
+    encoded_reference,
+    prepare,
+    sample_distilled,
+    target_latent,
+)
 from ..attention.gradient import Memory
 from ._schema import advanced, node_schema
 
@@ -155,7 +162,7 @@ class AttentionDistillSampler(io.ComfyNode):
                     "reference_mask",
                     optional=True,
                     tooltip="Regions of the reference, each in one flat grey. Regions of the same grey in target_mask follow "
-                    "them.",
+                    "them. Alone: only what is white in it is followed.",
                 ),
                 io.Mask.Input(
                     "target_mask",
@@ -184,6 +191,24 @@ class AttentionDistillSampler(io.ComfyNode):
                         optional=True,
                         tooltip="Distance from one window to the next, in pixels. Lower blends better and takes longer; 64 is "
                         "as published.",
+                    )
+                ),
+                io.Image.Input(
+                    "reference_image",
+                    optional=True,
+                    tooltip="The reference as an image, with vae: the node encodes it itself and uses it in place of reference. "
+                    "A batch is several references together.",
+                ),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="With reference_image: the VAE of the guider's model, which encodes it."
+                ),
+                advanced(
+                    io.String.Input(
+                        "reference_weights",
+                        default="",
+                        optional=True,
+                        tooltip="How much each of several references counts, for example: 1, 0.5. Only their ratio matters; 0 "
+                        "leaves one out. Empty is all alike.",
                     )
                 ),
             ],
@@ -226,6 +251,9 @@ class AttentionDistillSampler(io.ComfyNode):
         target_mask: Any = None,
         window: int = 0,
         window_stride: int = 64,
+        reference_image: Any = None,
+        vae: Any = None,
+        reference_weights: str = "",
     ) -> io.NodeOutput:
         settings = DistillSettings(
             Method(method),
@@ -242,8 +270,19 @@ class AttentionDistillSampler(io.ComfyNode):
             window,
             window_stride,
         )
-        latent = host.fitting_latent(guider.model_patcher, latent_image)
-        pictures = reference["samples"], null_prompt, None if content is None else content["samples"]
-        job = prepare(settings, guider, sampler, latent["samples"], *pictures, reference_mask, target_mask)
+        latent = target_latent(guider.model_patcher, latent_image)
+        style = encoded_reference(reference_image, vae, guider.model_patcher)
+        job = prepare(
+            settings,
+            guider,
+            sampler,
+            latent["samples"],
+            reference["samples"] if style is None else style,
+            null_prompt,
+            None if content is None else content["samples"],
+            reference_mask,
+            target_mask,
+            reference_weights,
+        )
         output, denoised, report = sample_distilled(job, noise, guider, sampler, sigmas, latent)
         return io.NodeOutput(output, denoised, json.dumps(report, indent=1))

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import host
-from ..host import is_seamless, sampler_name
 from ..networks.grids import layer_grid, resize_maps
 from ..networks.layers import AttentionLayer
 from ..networks.table import network_layout
+from .inputs import check_content, check_null_prompt, check_reference, chosen, fitting, weights_of
+from .masks import mask_images, matching_labels, part_of
 from .published import distilled_layers, published
-from .regions import MAX_LABELS, Regions, labels_of
+from .regions import Regions, token_labels
 from .settings import DistillSettings, Method
-from .windows import Window, windows_of
+from .windows import NO_EDGES, Window, windows_of
+
+# A reference with more pixels than this many images makes every step clearly slower.
+_LARGE_REFERENCE = 4
 
 
 @dataclass(frozen=True)
@@ -25,21 +29,42 @@ class DistillJob:
     """What one run of the node does, checked.
 
     Attributes:
+        model: the MODEL that is sampled: the guider's, or one whose windows do not join the edges that the image does.
         references, content: clean latents (n, channels, ...), as they come from the VAE.
+        reference_weights: how much each reference counts.
+        reference_part: (1 or n, height, width), bool: what of the references the image follows; None: everything.
         null_prompt: CONDITIONING of the empty prompt.
-        windows: what of the latent is looked at together.
+        windows: parts of the latent that go through the model separately.
+        circular: whether windows go over the edges of the image.
         regions: for each window.
+        costs: what will take long, to be said before sampling; notes: what was done to the inputs.
     """
 
     settings: DistillSettings
+    model: Any
     layers: list[AttentionLayer]
     iterations: int
     learning_rate: float
     references: Tensor
+    reference_weights: Sequence[float]
     null_prompt: Sequence[Any]
     windows: Sequence[Window]
+    circular: bool = False
     content: Tensor | None = None
+    reference_part: Tensor | None = None
     regions: Sequence[Regions] | None = None
+    costs: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def weights_of_pixels(self) -> list[Tensor] | None:
+        """Return how much each pixel of each reference counts, (1, 1, ..., height, width); None: all alike."""
+        if self.reference_part is None and len(set(self.reference_weights)) == 1:
+            return None
+        size = self.references.shape[-2:]
+        found = torch.tensor(self.reference_weights).view(-1, 1, 1).expand(-1, *size)
+        if self.reference_part is not None:
+            found = found * resize_maps(self.reference_part.float(), size, "area")
+        return [each.view(*[1] * (self.references.ndim - 2), *size) for each in found]
 
 
 def prepare(
@@ -52,12 +77,14 @@ def prepare(
     content: Tensor | None = None,
     reference_mask: Tensor | None = None,
     target_mask: Tensor | None = None,
+    reference_weights: str = "",
 ) -> DistillJob:
     """Check everything that can go wrong before the model is loaded.
 
     Args:
         latent: (batch, channels, ..., height, width), what is sampled; the others are latents of the same model.
-        reference_mask, target_mask: (n, height, width).
+        reference_mask, target_mask: (n, height, width), or another form of MASK.
+        reference_weights: numbers with commas between them.
 
     Raises:
         ValueError: says which input is wrong, and what to do.
@@ -68,100 +95,132 @@ def prepare(
     iterations, rate = published(network, settings.method, flow=host.is_flow(model.model))
     if settings.method is Method.GUIDED:
         _check_sampler(sampler)
-    if not null_prompt:
-        raise ValueError('null_prompt is empty. Connect the encoding of an empty prompt (CLIP Text Encode with "").')
-    if getattr(latent, "is_nested", False):
-        raise ValueError(
-            "latent_image holds several latents at once (video with sound), which cannot be distilled. Use an image."
-        )
-    reference = _fitting(reference, "reference", model)
+    check_null_prompt(null_prompt, guider)
+    reference = fitting(reference, "reference", model)
+    check_reference(reference, host.pixels_per_latent(model))
     if content is not None:
-        content = _fitting(content, "content", model)
-        _check_content(content, latent)
-    windows = _windows(settings, guider, latent)
-    regions = None
-    if (reference_mask is None) != (target_mask is None):
-        missing = "target_mask" if target_mask is None else "reference_mask"
-        raise ValueError(
-            f"{missing} is not connected: labels say what of the image follows what of the reference, so connect both."
-        )
-    if reference_mask is not None and target_mask is not None:
-        regions = _regions(network, layers, latent, windows, reference, reference_mask, target_mask)
+        content = fitting(content, "content", model)
+        check_content(content, latent)
+    windows, model = _windows(settings, guider, network, latent)
+    weights = weights_of(reference_weights, len(reference))
+    keep = [weight > 0 for weight in weights]
+    masks = _masks(network, layers, latent, reference, reference_mask, target_mask)
+    reference = chosen(reference, keep)
+    part, regions, notes = None, None, []
+    if masks:
+        of_reference, of_target = chosen(masks[0], keep), masks[1]
+        if of_target is None:
+            part = part_of(of_reference)
+            labels = part.long().expand(len(reference), -1, -1)
+            regions = _regions(network, layers, latent, windows, reference, labels, torch.ones(1, 1, 1, dtype=torch.long))
+            _check_part(layers, regions[0])
+        else:
+            matched = matching_labels(of_reference, of_target)
+            notes = matched.notes
+            labels = matched.reference.expand(len(reference), -1, -1)
+            regions = _regions(network, layers, latent, windows, reference, labels, matched.target)
     return DistillJob(
         settings,
+        model,
         layers,
         settings.iterations or iterations,
         settings.learning_rate or rate,
         reference,
+        chosen(weights, keep),
         null_prompt,
         windows,
+        model is not guider.model_patcher,
         content,
+        part,
         regions,
+        _costs(reference, windows[0].of(latent)),
+        notes,
     )
 
 
 def _check_sampler(sampler: Any) -> None:
     if host.hides_latent(sampler):
         raise ValueError(
-            f"The sampler {sampler_name(sampler)} cannot be stopped after each step. Use euler (as published), heun, dpmpp_2m, "
-            "or the method 'optimise', which needs no sampler."
+            f"The sampler {host.sampler_name(sampler)} cannot be stopped after each step. Use euler (as published), heun, "
+            "dpmpp_2m, or the method 'optimise', which needs no sampler."
         )
 
 
-def _fitting(latent: Tensor, name: str, model: Any) -> Tensor:
-    channels, dimensions = host.latent_channels(model)
-    if host.packs_latents(model):
-        raise ValueError(
-            f"{type(model.model).__name__} packs its latents in another form than its VAE, so {name} cannot be compared with "
-            "what it samples. Attention Distillation does not work with this model."
-        )
-    if dimensions == 3 and latent.ndim == 4:
-        latent = latent.unsqueeze(2)
-    if latent.ndim != dimensions + 2 or latent.shape[1] != channels:
-        raise ValueError(
-            f"{name} is a latent of shape {tuple(latent.shape)}, but this model's latents have {channels} channels and "
-            f"{dimensions} dimensions. Encode the image with the VAE that belongs to the model."
-        )
-    if not bool(latent.isfinite().all()):
-        raise ValueError(
-            f"{name} holds values that are no numbers (NaN). Encode the image again, with the VAE in fp32 (--fp32-vae)."
-        )
-    return latent
+def _costs(reference: Tensor, seen: Tensor) -> list[str]:
+    times = reference.shape[-1] * reference.shape[-2] / (seen.shape[-1] * seen.shape[-2])
+    if times <= _LARGE_REFERENCE:
+        return []
+    return [
+        f"the reference is large, {reference.shape[-1]} x {reference.shape[-2]} latent pixels, {times:.0f} times as many as the "
+        f"model sees of the image at once ({seen.shape[-1]} x {seen.shape[-2]}). Every step takes several times as long as with "
+        "a reference of the image's size: scale it down before VAE Encode"
+    ]
 
 
-def _check_content(content: Tensor, latent: Tensor) -> None:
-    if content.shape[2:] != latent.shape[2:]:
-        raise ValueError(
-            f"content is {_size(content)} but latent_image is {_size(latent)} (in latent pixels). The content loss compares them "
-            "place by place: scale the content image to the size of the latent, or connect content to latent_image as well."
-        )
-    if len(content) not in (1, len(latent)):
-        raise ValueError(f"content holds {len(content)} images and latent_image {len(latent)}: use one, or as many.")
+def _windows(settings: DistillSettings, guider: Any, network: torch.nn.Module, latent: Tensor) -> tuple[list[Window], Any]:
+    """Return the windows of a latent, and the MODEL that goes through them.
 
-
-def _size(latent: Tensor) -> str:
-    return f"{latent.shape[-1]} x {latent.shape[-2]}"
-
-
-def _windows(settings: DistillSettings, guider: Any, latent: Tensor) -> list[Window]:
-    ratio = host.pixels_per_latent(guider.model_patcher)
+    Windows go over the edges that a seamless MODEL joins. In a window, which is a part of the image, nothing is joined.
+    """
+    model = guider.model_patcher
+    ratio = host.pixels_per_latent(model)
     side, stride = (max(round(pixels / ratio), 1) for pixels in (settings.window, settings.window_stride))
     height, width = latent.shape[-2:]
-    found = windows_of(height, width, side if settings.window else 0, stride)
+    side = side if settings.window else 0
+    joined = host.joined_edges(model, network) if side and side < max(height, width) else NO_EDGES
+    found = windows_of(height, width, side, stride, joined)
     if len(found) == 1:
-        return found
+        return found, model
     reason = host.needs_whole_latent(guider)
     if reason is not None:
         raise ValueError(f"window cannot be used with {reason}. Set window to 0, or use CFGGuider.")
     for name, where in host.LIMITS_OF_A_WINDOW.items():
         if any(name in cond for conds in host.prompts_of(guider) for cond in conds):
             raise ValueError(f"window cannot be used with {where}, made for the whole image. Set window to 0, or take it out.")
-    if is_seamless(guider.model_patcher):
+    if not any(joined):
+        return found, model
+    if any(host.joined_edges(host.join_edges(model, network, NO_EDGES), network)):
         raise ValueError(
-            "window cannot be used with Seamless Tiling, which joins the edges of what the model sees. Set window to 0: a larger "
-            "latent_image gives a larger seamless texture too."
+            "window cannot be used with another node's tiling, which would join the edges of every window too. Use Seamless "
+            "Tiling in its place, or set window to 0."
         )
-    return found
+    whole = host.Edges(joined.top_bottom and side >= height, joined.left_right and side >= width)
+    return found, host.join_edges(model, network, whole)
+
+
+def _masks(
+    network: torch.nn.Module,
+    layers: Sequence[AttentionLayer],
+    latent: Tensor,
+    reference: Tensor,
+    reference_mask: Tensor | None,
+    target_mask: Tensor | None,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Return the masks of reference and target as (n, height, width); the second is None where there is only the first."""
+    if reference_mask is None and target_mask is None:
+        return None
+    if reference_mask is None:
+        raise ValueError(
+            "reference_mask is not connected: labels say what of the image follows what of the reference, so connect both. "
+            "(reference_mask alone limits what of the reference is followed.)"
+        )
+    if any(layer.kind != "self" for layer in layers):
+        raise ValueError(
+            f"reference_mask and target_mask need a model whose image tokens have an attention of their own (SD1.5, SD2, SDXL, "
+            f"PixArt), and {type(network).__name__} mixes them with the text. Disconnect the masks."
+        )
+    found = []
+    for name, mask, images, whose in (
+        ("reference_mask", reference_mask, len(reference), "reference"),
+        ("target_mask", target_mask, len(latent), "latent_image"),
+    ):
+        if mask is None:
+            continue
+        mask = mask_images(mask, name)
+        if len(mask) not in (1, images):
+            raise ValueError(f"{name} holds {len(mask)} masks, but {whose} holds {images} images: use one mask, or as many.")
+        found.append(mask)
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def _regions(
@@ -170,34 +229,15 @@ def _regions(
     latent: Tensor,
     windows: Sequence[Window],
     reference: Tensor,
-    of_reference: Tensor,
-    of_target: Tensor,
+    references: Tensor,
+    targets: Tensor,
 ) -> list[Regions]:
+    """Return the regions of each window.
+
+    Args:
+        references, targets: labels (n, height, width).
+    """
     layout = network_layout(network)
-    if any(layer.kind != "self" for layer in layers):
-        raise ValueError(
-            f"reference_mask and target_mask need a model whose image tokens have an attention of their own (SD1.5, SD2, SDXL, "
-            f"PixArt), and {type(network).__name__} mixes them with the text. Disconnect the masks."
-        )
-    for name, mask, images, whose in (
-        ("reference_mask", of_reference, len(reference), "reference"),
-        ("target_mask", of_target, len(latent), "latent_image"),
-    ):
-        if len(mask) not in (1, images):
-            raise ValueError(f"{name} holds {len(mask)} masks, but {whose} holds {images} images: use one mask, or as many.")
-    targets, references = labels_of(of_target), labels_of(of_reference).expand(len(reference), -1, -1)
-    for name, labels in (("reference_mask", references), ("target_mask", targets)):
-        count = len(labels.unique())
-        if count > MAX_LABELS:
-            raise ValueError(
-                f"{name} has {count} different grey values, each of which would be a region of its own (at most {MAX_LABELS}). "
-                "Draw it with hard edges and a few flat greys, and scale it with nearest-exact."
-            )
-    if not set(targets.unique().tolist()) & set(references.unique().tolist()):
-        raise ValueError(
-            f"reference_mask has the grey values {_greys(references)} and target_mask {_greys(targets)}: none is in both. Equal "
-            "greys belong together, so paint each region of the image in the grey of the reference's region it follows."
-        )
     grids = {}
     seen = windows[0].of(latent)
     for layer in layers:
@@ -211,5 +251,11 @@ def _regions(
     return [Regions(window.of(targets), list(references), grids) for window in windows]
 
 
-def _greys(labels: Tensor) -> list[int]:
-    return labels.unique().tolist()[:8]
+def _check_part(layers: Sequence[AttentionLayer], regions: Regions) -> None:
+    for layer in layers:
+        others = regions.grids[layer.name][1]
+        if not any(bool(token_labels(labels, grid).any()) for labels, grid in zip(regions.references, others, strict=True)):
+            raise ValueError(
+                f"reference_mask marks so little of the reference that no token of layer {layer.name} is in it. Paint more of it "
+                "white, or use a larger reference."
+            )

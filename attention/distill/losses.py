@@ -28,10 +28,19 @@ def call_key(layer: AttentionLayer, call: AttentionCall) -> CallKey:
 
 @dataclass(frozen=True)
 class Features:
-    """Keys and values of all references in one attention call: (1, heads, tokens of all references, channels)."""
+    """Keys and values of all references in one attention call: (1, heads, tokens of all references, channels).
+
+    Attributes:
+        bias: added to the logits of each token, (tokens,): the logarithm of its reference's weight; None: all count alike.
+    """
 
     k: Tensor
     v: Tensor
+    bias: Tensor | None = None
+
+    def of(self, tokens: Tensor) -> Features:
+        """Return the same of some tokens."""
+        return Features(self.k[:, :, tokens], self.v[:, :, tokens], None if self.bias is None else self.bias[tokens])
 
 
 @dataclass
@@ -59,7 +68,7 @@ class DistillObjective:
         features, inputs = self.features[key], call.inputs
         if self.regions is None:
             with torch.no_grad():
-                ideal = _look_at(inputs.q * self.attn_scale, features.k, features.v, inputs.scale)
+                ideal = _attention(inputs.q * self.attn_scale, features, inputs.scale)
             style = _mean_distance(call.output, ideal, len(rows))
         else:
             style = self._style_by_region(layer, call, features, rows)
@@ -78,7 +87,7 @@ class DistillObjective:
             for of_target, of_reference in self.regions.pairs(layer.name, row, output.device):
                 with torch.no_grad():
                     own = q[image : image + 1, :, of_target] * self.attn_scale
-                    ideal = _look_at(own, features.k[:, :, of_reference], features.v[:, :, of_reference], call.inputs.scale)
+                    ideal = _attention(own, features.of(of_reference), call.inputs.scale)
                 distance = distance + (output[image, :, of_target].float() - ideal[0].float()).abs().sum()
                 queries += len(of_target)
             losses.append(distance / max(queries * output.shape[1] * output.shape[3], 1))
@@ -92,9 +101,11 @@ class DistillObjective:
         return style + self.content_weight * content
 
 
-def _look_at(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _attention(q: Tensor, features: Features, scale: float) -> Tensor:
     batch = (len(q), -1, -1, -1)
-    return F.scaled_dot_product_attention(q, k.to(q.dtype).expand(batch), v.to(q.dtype).expand(batch), scale=scale)
+    k, v = features.k.to(q.dtype).expand(batch), features.v.to(q.dtype).expand(batch)
+    bias = None if features.bias is None else features.bias.to(q)[None, None, None]
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
 
 
 def _mean_distance(x: Tensor, y: Tensor, images: int) -> Tensor:

@@ -7,6 +7,7 @@ sigma, so its keys and values at a sigma are the same in every run, whatever the
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Callable, Sequence
 from enum import IntEnum
@@ -38,9 +39,11 @@ def fixed_noise(like: Tensor, sigma: float, purpose: Purpose, place: int) -> Ten
     return torch.randn(like.shape, generator=generator).to(like.device)
 
 
-def noised_alike(base_model: Any, latents: Sequence[Tensor], sigma: float, purpose: Purpose) -> list[Tensor]:
-    """Return clean latents (1, channels, ...) at ``sigma``, each with its fixed noise."""
-    noises = (fixed_noise(latent, sigma, purpose, place) for place, latent in enumerate(latents))
+def noised_alike(
+    base_model: Any, latents: Sequence[Tensor], sigma: float, purpose: Purpose, *, one_noise: bool = False
+) -> list[Tensor]:
+    """Return clean latents (1, channels, ...) at ``sigma``, each with its fixed noise; or all with that of the first place."""
+    noises = (fixed_noise(latent, sigma, purpose, 0 if one_noise else place) for place, latent in enumerate(latents))
     return [host.noised(base_model, latent, noise, sigma) for latent, noise in zip(latents, noises, strict=True)]
 
 
@@ -52,6 +55,7 @@ class References:
         cond_for: a latent -> the null prompt for its size.
         weights: changes with what the model computes; None: nothing is kept across runs.
         with_noise: whether the model sees them with the noise of their sigma.
+        shares: how much each reference counts.
     """
 
     def __init__(
@@ -62,12 +66,14 @@ class References:
         weights: tuple[Any, ...] | None,
         *,
         with_noise: bool,
+        shares: Sequence[float],
         cache: FeatureCache = CACHE,
     ) -> None:
         self.passes = passes
         self.latents = list(latents)
         self.conds = [cond_for(latent) for latent in latents]
         self.with_noise = with_noise
+        self.shares = list(shares)
         self.cache = cache
         self.reused = self.computed = 0
         layers = tuple(layer.name for layer in passes.layers)
@@ -90,8 +96,14 @@ class References:
         joined = {}
         for key in parts[0]:
             k, v = (torch.cat([part[key][which].to(device) for part in parts], dim=2) for which in (0, 1))
-            joined[key] = Features(k, v)
+            joined[key] = Features(k, v, self._bias([part[key][0].shape[2] for part in parts], device))
         return joined
+
+    def _bias(self, tokens: Sequence[int], device: torch.device) -> Tensor | None:
+        if len(set(self.shares)) == 1:
+            return None
+        logs = [torch.full((count,), math.log(share)) for count, share in zip(tokens, self.shares, strict=True)]
+        return torch.cat(logs).to(device)
 
     def _stored(self, place: int, sigma: float) -> Stored:
         base_model, own = self.passes.base_model, self.keys[place]
@@ -102,7 +114,7 @@ class References:
             return stored
         self.computed += 1
         x = self.at(sigma, Purpose.FEATURES)[place]
-        found = self.passes.observe(self.conds[place], x, x.new_full((len(x),), sigma, dtype=torch.float32), _keys_and_values)
+        found = self._observed(place, x, sigma)
         if not found:
             raise RuntimeError(
                 "None of the layers to distil was seen: another node replaces this model's attention. Take it out, or choose "
@@ -112,6 +124,18 @@ class References:
         if key is not None:
             self.cache.put(base_model, key, stored)
         return stored
+
+    def _observed(self, place: int, x: Tensor, sigma: float) -> list[tuple[AttentionLayer, Any]]:
+        level = x.new_full((len(x),), sigma, dtype=torch.float32)
+        try:
+            return self.passes.observe(self.conds[place], x, level, _keys_and_values)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):  # a norm over the single pixel that is left of it
+                raise
+            raise ValueError(
+                f"reference {place + 1} is {x.shape[-1]} x {x.shape[-2]} latent pixels, which is too small for this model: "
+                "nothing is left of it where the model has halved it. Use a larger image: 256 pixels or more."
+            ) from error
 
 
 def _keys_and_values(layer: AttentionLayer, call: AttentionCall) -> tuple[CallKey, tuple[Tensor, Tensor]]:

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from ..networks.grids import Grid, resize_maps
 
-# A grey value of an 8 bit mask; more labels than this are the soft edges of an image.
-_GREY_LEVELS = 255
-MAX_LABELS = 32
+_GREY_LEVELS = 255  # of an 8 bit mask
 
 
 def labels_of(mask: Tensor) -> Tensor:

@@ -26,16 +26,19 @@ class DistillReport:
             "adain": settings.uses_adain,
             "layers": [layer.name for layer in job.layers],
             "references": len(job.references),
+            "reference_weights": list(job.reference_weights),
             "content_weight": settings.content_weight if job.content is not None else None,
             "windows": len(job.windows),
             "reference_features": {"reused": self.reused, "computed": self.computed},
+            "notes": [*job.costs, *job.notes],
             "steps": self.steps,
         }
 
     def summary(self, job: DistillJob) -> str:
         text = f"Attention Distillation: {job.settings.method.value}, "
+        notes = "".join(f"; {note}" for note in job.notes)
         if not self.steps:
-            return text + "no step of the run was optimised"
+            return text + "no step of the run was optimised" + notes
         losses = [loss for step in self.steps for loss in step["loss"]]
         text += (
             f"{len(losses)} optimisation steps in {len(self.steps)} steps on {list_layers([layer.name for layer in job.layers])}"
@@ -47,4 +50,4 @@ class DistillReport:
         missing = set().union(*(regions.missing() for regions in job.regions or ()))
         if missing:
             text += f"; grey values {sorted(missing)} of target_mask are not in reference_mask and were left free"
-        return text
+        return text + notes

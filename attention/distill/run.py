@@ -59,9 +59,11 @@ class DistillRun:
             self.passes,
             self._clean(job.references).split(1),
             cond_for,
-            host.weights_key(guider),
+            _weights_key(guider),
             with_noise=self.settings.method is Method.GUIDED,
+            shares=job.reference_weights,
         )
+        self.weights_of_pixels = job.weights_of_pixels()
         self.content: Tensor | None = None
         if job.content is not None:
             self.content = self._clean(job.content)
@@ -138,10 +140,15 @@ class DistillRun:
     # Parts
 
     def prompts_in_windows(self) -> AbstractContextManager[None]:
-        """Lets the guider's prompts act in every window, while the block lasts."""
+        """Let the guider's prompts act in every window, while the block lasts."""
         if len(self.windows) == 1:
             return nullcontext()
-        return host.prompts_by_area(self.model.inner_model, [window.area for window in self.windows])
+        areas = [window.area for window in self.windows]
+        if not self.job.circular:
+            return host.prompts_by_area(self.model.inner_model, areas)
+        return host.calls_in_circular_windows(
+            self.extra_args["model_options"], areas, lambda place: self.progress.show_within(place / len(areas))
+        )
 
     def _objectives(self, sigma: float, level: Tensor) -> list[DistillObjective]:
         """For each window; all share the references' features."""
@@ -161,8 +168,8 @@ class DistillRun:
         """Return the mean loss, and its gradient with respect to ``x``: of every window, averaged where they overlap."""
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
-        for window, cond, objective in zip(self.windows, self.conds, objectives, strict=True):
-            host.check_interrupted()
+        for place, (window, cond, objective) in enumerate(zip(self.windows, self.conds, objectives, strict=True)):
+            self.progress.show_within(place / len(self.windows))
             found = self.passes.gradient(cond, window.of(x), level, objective)
             assert found is not None
             losses.append(found.loss)
@@ -179,7 +186,7 @@ class DistillRun:
         if not self.settings.uses_adain:
             return x
         references = self.references.at(sigma, Purpose.COLOURS)
-        return adain(x, references, epsilon=1e-6 * unit, mask=self._mask(sigma))
+        return adain(x, references, epsilon=1e-6 * unit, mask=self._mask(sigma), weights=self.weights_of_pixels)
 
     @property
     def _keeps_content(self) -> bool:
@@ -190,7 +197,7 @@ class DistillRun:
         if self.content is None or not self._keeps_content:
             return None
         if self.settings.method is Method.GUIDED:
-            x = torch.cat(noised_alike(self.base_model, self.content.split(1), sigma, Purpose.CONTENT))
+            x = torch.cat(noised_alike(self.base_model, self.content.split(1), sigma, Purpose.CONTENT, one_noise=True))
         else:
             x = self.content / self._scale(sigma)
         return x.expand(self.batch, *x.shape[1:])
@@ -224,6 +231,12 @@ class DistillRun:
                 "the latent was moved out of what the model can compute. Lower learning_rate, or run the model in bf16 or fp32"
             )
         return f"{where}. Likely cause: {cause}."
+
+
+def _weights_key(guider: Any) -> tuple[Any, ...] | None:
+    """Return a key that changes with what the running model computes; None where that cannot be known."""
+    weights, tiling = host.weights_key(guider), host.tiling_key(host.diffusion_model(guider.inner_model))
+    return None if weights is None or tiling is None else (weights, tiling)
 
 
 def _trainable(z: Tensor) -> Tensor:

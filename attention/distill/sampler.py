@@ -14,6 +14,7 @@ models; ComfyUI's x is not. With one iteration a step, Adam moves every element 
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -121,6 +122,19 @@ def _seed_of_part(seed: int | None, part: int) -> int | None:
     return seed if seed is None or part == 0 else (seed + part * 0x9E3779B97F4A7C15) % 2**63
 
 
+def _costs_of_windows(job: DistillJob, steps: int) -> list[str]:
+    count, settings = len(job.windows), job.settings
+    if count == 1:
+        return []
+    optimised = len(settings.chosen_steps(steps))
+    parts = [f"{optimised} times {count * job.iterations} gradient passes"]
+    if settings.method is Method.GUIDED:
+        parts.insert(0, f"{steps} steps of {count} model calls for each prompt")
+    return [
+        f"{count} windows, so this run has {' and '.join(parts)}; a larger window_stride ({settings.window_stride}) needs fewer"
+    ]
+
+
 def sample_distilled(
     job: DistillJob, noise: Any, guider: Any, sampler: Any, sigmas: Tensor, latent: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -129,6 +143,9 @@ def sample_distilled(
     Args:
         latent: as ``host.fitting_latent`` returns it.
     """
+    if job.model is not guider.model_patcher:
+        guider = copy.copy(guider)
+        guider.model_patcher = job.model
     steps = max(len(sigmas) - 1, 0)
     optimises = job.settings.method is Method.OPTIMISE
     if not job.settings.chosen_steps(steps) and not (optimises and steps):
@@ -136,6 +153,8 @@ def sample_distilled(
         output, denoised = host.sample_plainly(guider, noise, sampler, sigmas, latent)
         log.info(report.summary(job))
         return output, denoised, report.as_json(job)
+    for line in [*job.costs, *_costs_of_windows(job, steps)]:
+        log.info("Attention Distillation: %s.", line)
     ticks = Distillation.ticks(job, steps)
     show = host.preview_callback(guider.model_patcher, ticks)
     progress = host.Progress(ticks, preview=show, console="Attention Distillation" if host.shows_console_progress() else "")

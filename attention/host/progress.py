@@ -48,14 +48,17 @@ class Progress:
         self.done = 0
         self.denoised: torch.Tensor | None = None  # the last one shown
         self._preview = preview
-        self._bar = comfy.utils.ProgressBar(total) if preview is None else None
+        self._bar = comfy.utils.ProgressBar(total)
         self._console = tqdm(total=total, disable=not console, desc=console)
 
     def show(self, place: float) -> None:
         """Move the bar to a place between 0 and ``total``."""
         check_interrupted()
-        if self._bar is not None:
-            self._bar.update_absolute(place)
+        self._bar.update_absolute(place)
+
+    def show_within(self, share: float) -> None:
+        """Move the bar to a share, 0 to 1, of the step that has begun."""
+        self.show(min(self.done + share, self.total))
 
     def tick(self, x: torch.Tensor, denoised: torch.Tensor | None) -> None:
         """Count one step of a sampler, whose latent is ``x`` and whose prediction of the finished one is ``denoised``."""

@@ -340,7 +340,7 @@ ERRORS = [
     ({"every_n_steps": 0}, "every_n_steps is 0"),
     ({"attn_scale": 0.0}, "attn_scale is 0"),
     ({"layers": "output.9"}, r"layers names 'output.9'.*Its layers: input.1-2, input.4-5, middle|layers names 'output.9'"),
-    ({"reference_mask": MASK}, "target_mask is not connected"),
+    ({"reference_mask": MASK * 0}, "reference_mask is black everywhere"),
     ({"target_mask": MASK}, "reference_mask is not connected"),
     ({"reference_mask": MASK, "target_mask": MASK * 0}, r"grey values \[255\] and target_mask \[0\]"),
     ({"reference_mask": MASK, "target_mask": SOFT}, "target_mask has .* different grey values"),

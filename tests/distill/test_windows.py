@@ -166,11 +166,9 @@ def test_what_needs_the_whole_image_is_refused_before_sampling(node, model, node
     latent = {"samples": wide_latent()}
     excite, _ = node_classes["AttendExciteGuider"].execute(model, POSITIVE, NEGATIVE, subjects="2, 5")
     area = nodes.ConditioningSetArea().append(POSITIVE, 64, 64, 0, 0, 1.0)[0]
-    joined = node_classes["FoveaSeamless"].execute(model)[0]
     for guider, message in (
         (excite, "Attend-and-Excite"),
         (guider_of(model, positive=area), "prompts for an area"),
-        (guider_of(joined), "Seamless Tiling"),
     ):
         with pytest.raises(ValueError, match=f"window cannot be used with {message}"):
             run(node, model, guider=guider, latent=latent, **BRIEF, **APART)

@@ -1,0 +1,171 @@
+"""What is connected to the node, brought to the form that a run needs, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import host
+
+
+def fitting(latent: Tensor, name: str, model: Any) -> Tensor:
+    """Return clean latents (n, channels, ..., height, width) with the dimensions of the model's own.
+
+    Args:
+        name: of the input they come from.
+
+    Raises:
+        ValueError: latents of another VAE, without pixels, or with values that are no numbers.
+    """
+    channels, dimensions = host.latent_channels(model)
+    if host.packs_latents(model):
+        raise ValueError(
+            f"{type(model.model).__name__} packs its latents in another form than its VAE, so {name} cannot be compared with "
+            "what it samples. Attention Distillation does not work with this model."
+        )
+    latent = with_dimensions(latent, dimensions)
+    if latent.ndim != dimensions + 2 or latent.shape[1] != channels:
+        raise ValueError(
+            f"{name} is a latent of shape {tuple(latent.shape)}, but this model's latents have {channels} channels and "
+            f"{dimensions} dimensions. Encode the image with the VAE that belongs to the model."
+        )
+    if not latent.numel():
+        raise ValueError(f"{name} is a latent of shape {tuple(latent.shape)}, which holds nothing. Connect an encoded image.")
+    if not bool(latent.isfinite().all()):
+        raise ValueError(
+            f"{name} holds values that are no numbers (NaN). Encode the image again, with the VAE in fp32 (--fp32-vae)."
+        )
+    return latent
+
+
+def with_dimensions(latent: Tensor, dimensions: int) -> Tensor:
+    """Return an image's latent with a dimension of frames where the model has one, and without it where not."""
+    if dimensions == 3 and latent.ndim == 4:
+        return latent.unsqueeze(2)
+    if dimensions == 2 and latent.ndim == 5 and latent.shape[2] == 1:
+        return latent[:, :, 0]
+    return latent
+
+
+def target_latent(model: Any, latent: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``latent_image`` as it is sampled.
+
+    Raises:
+        ValueError: several latents in one.
+    """
+    if getattr(latent["samples"], "is_nested", False):
+        raise ValueError(
+            "latent_image holds several latents at once (video with sound), which cannot be distilled. Use an image."
+        )
+    return host.fitting_latent(model, {**latent, "samples": with_dimensions(latent["samples"], host.latent_channels(model)[1])})
+
+
+def check_reference(reference: Tensor, ratio: int) -> None:
+    """Raises:
+    ValueError: a reference of one latent pixel, which has neither texture nor contrast.
+    """
+    if reference[0, 0].numel() == 1:
+        raise ValueError(
+            f"reference is a single latent pixel ({ratio} x {ratio} pixels of an image), which has no style to follow. Use a "
+            "larger image: 256 pixels or more, best about the size of latent_image."
+        )
+
+
+def encoded_reference(image: Tensor | None, vae: Any, model: Any) -> Tensor | None:
+    """Return the latents of ``reference_image``, which take the place of ``reference``; None where it is not connected.
+
+    Args:
+        image: (n, height, width, channels), 0 to 1.
+
+    Raises:
+        ValueError: one of the two inputs without the other, or a VAE that is not the model's.
+    """
+    if image is None and vae is None:
+        return None
+    if image is None or vae is None:
+        missing, given = ("reference_image", "vae") if image is None else ("vae", "reference_image")
+        raise ValueError(
+            f"{given} is connected, but {missing} is not. Connect both, and the node encodes the reference itself in place of "
+            "the latent at reference; or neither."
+        )
+    channels, dimensions = host.latent_channels(model)
+    encoded: Tensor = with_dimensions(vae.encode(image[..., :3]), dimensions)
+    if encoded.ndim != dimensions + 2 or encoded.shape[1] != channels:
+        raise ValueError(
+            f"vae gives latents of shape {tuple(encoded.shape)}, but this model's latents have {channels} channels and "
+            f"{dimensions} dimensions. Connect the VAE that belongs to the model."
+        )
+    return encoded
+
+
+def check_content(content: Tensor, latent: Tensor) -> None:
+    """Raises:
+    ValueError: content of another size, or another number of images, than the latent.
+    """
+    if content.shape[2:] != latent.shape[2:]:
+        raise ValueError(
+            f"content is {_size(content)} but latent_image is {_size(latent)} (in latent pixels). The content loss compares them "
+            "place by place: scale the content image to the size of the latent, or connect content to latent_image as well."
+        )
+    if len(content) not in (1, len(latent)):
+        raise ValueError(f"content holds {len(content)} images and latent_image {len(latent)}: use one, or as many.")
+
+
+def _size(latent: Tensor) -> str:
+    return f"{latent.shape[-1]} x {latent.shape[-2]}"
+
+
+def check_null_prompt(null_prompt: Sequence[Any] | None, guider: Any) -> None:
+    """Raises:
+    ValueError: no prompt, or one of another text encoder than the model's.
+    """
+    if not null_prompt:
+        raise ValueError('null_prompt is empty. Connect the encoding of an empty prompt (CLIP Text Encode with "").')
+    context, options = null_prompt[0][0], null_prompt[0][1]
+    pooled = options.get("pooled_output") if isinstance(options, Mapping) else None
+    wanted = host.text_widths(guider)
+    for value, name in ((context, "context"), (pooled, "pooled")):
+        width = wanted.get(name)
+        if width is not None and isinstance(value, Tensor) and value.shape[-1] != width:
+            what = "values for each token" if name == "context" else "values for the whole prompt"
+            raise ValueError(
+                f"null_prompt has {value.shape[-1]} {what}, but {type(guider.model_patcher.model).__name__} needs {width}: it "
+                'was encoded with the CLIP of another model. Encode "" with the CLIP of the same checkpoint as the prompt.'
+            )
+
+
+def weights_of(text: str, count: int) -> list[float]:
+    """Return how much each reference counts, 1 for each where ``text`` is empty.
+
+    Args:
+        text: numbers with commas between them, one for each reference.
+
+    Raises:
+        ValueError: something that is no weight, or not as many as there are references.
+    """
+    if not text.strip():
+        return [1.0] * count
+    parts = [part.strip() for part in text.replace(";", ",").split(",") if part.strip()]
+    try:
+        weights = [float(part) for part in parts]
+    except ValueError:
+        weights = [float("nan")]
+    if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
+        raise ValueError(
+            f"reference_weights is '{text}': write a number of 0 or more for each reference, with commas, as in 1, 0.5."
+        )
+    if len(weights) != count:
+        raise ValueError(
+            f"reference_weights has {len(weights)} numbers and there are {count} references: write as many, or nothing."
+        )
+    return weights
+
+
+def chosen(values: Sequence[Any] | Tensor, keep: Sequence[bool]) -> Any:
+    """Return what belongs to the references that count."""
+    if isinstance(values, Tensor):
+        return values if len(values) == 1 < len(keep) or all(keep) else values[torch.tensor(keep, device=values.device)]
+    return [value for value, kept in zip(values, keep, strict=True) if kept]
