@@ -24,7 +24,7 @@ _SHARPNESS = 100.0
 
 
 class Loss(Enum):
-    """What is made smaller."""
+    """Name what is made smaller."""
 
     ATTEND_EXCITE = "attend-and-excite"
     DIVIDE_BIND = "divide-and-bind"
@@ -32,7 +32,7 @@ class Loss(Enum):
 
 @dataclass(frozen=True)
 class LossSettings:
-    """How subjects are measured.
+    """Say how subjects are measured.
 
     Attributes:
         smoothing, sigma, kernel_size: maps are smoothed before their maximum is taken, see ``smoothing_kernel``.
@@ -75,10 +75,14 @@ def smoothed(maps: Tensor, sigma: float, size: int) -> Tensor:
 
 
 def subject_maps(maps: Tensor, prompt: GuidedPrompt, settings: LossSettings) -> Tensor:
-    """Return each subject's share of every place, (images, subjects, height, width): a softmax over the competing tokens."""
+    """Return each subject's share of every place, (images, subjects, height, width), from 0 to 1.
+
+    The tokens compete in one softmax, and a subject has what its tokens get together: subjects of one token are measured as in
+    the paper, and one of several tokens can be as strong as they.
+    """
     column = {position: index for index, position in enumerate(prompt.columns)}
     shares = (maps[..., list(prompt.columns)] * _SHARPNESS).softmax(-1)
-    own = [shares[..., [column[position] for position in subject.positions]].mean(-1) for subject in prompt.subjects]
+    own = [shares[..., [column[position] for position in subject.positions]].sum(-1) for subject in prompt.subjects]
     stacked = torch.stack(own, 1)
     return smoothed(stacked, settings.sigma, settings.kernel_size) if settings.smoothing else stacked
 

@@ -235,8 +235,12 @@ def _unspaced(char: str) -> bool:
     return any(first <= ord(char) <= last for first, last in _UNSPACED)
 
 
+def _is_hangul(char: str) -> bool:
+    return "\uac00" <= char <= "\ud7af"
+
+
 def joined_words(text: str, spans: list[Span]) -> list[list[Span]]:
-    """Atoms grouped as people read them: ``sun-glasses`` and ``don't`` are one word each."""
+    """Return atoms grouped as people read them: ``sun-glasses``, ``don't`` and Korean between spaces are one word each."""
     words: list[list[Span]] = []
     for span in spans:
         if words and _joins(text, words[-1], span):
@@ -248,6 +252,8 @@ def joined_words(text: str, spans: list[Span]) -> list[list[Span]]:
 
 def _joins(text: str, word: list[Span], span: Span) -> bool:
     between = text[word[-1][1] : span[0]]
+    if not between and _is_hangul(text[span[0]]) and _is_hangul(text[word[-1][0]]):
+        return True
     return len(between) == 1 and between in _JOINERS and not _unspaced(text[span[0]]) and not _unspaced(text[word[-1][0]])
 
 

@@ -9,6 +9,7 @@ encoded, see ``prompt_text``.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -69,10 +70,27 @@ class TokenMap:
     def words(self) -> list[str]:
         """Return the words that have tokens, in order, each once."""
         words: dict[str, str] = {}
-        for word in joined_words(self.text, self._atoms):
+        for word in self._whole_words(joined_words(self.text, self._atoms)):
             name = self.text[word[0][0] : word[-1][1]]
             words.setdefault(key(name), name)
         return list(words.values())
+
+    def _whole_words(self, words: Sequence[list[Span]]) -> list[list[Span]]:
+        """Return words of scripts without spaces as the encoder reads them: characters of one token are one word."""
+        whole: list[list[Span]] = []
+        for word in words:
+            if whole and whole[-1][-1][1] == word[0][0] and self._inseparable(whole[-1][-1], word[0]):
+                whole[-1] += word
+            else:
+                whole.append(list(word))
+        return whole
+
+    def _inseparable(self, one: Span, other: Span) -> bool:
+        """Return whether every encoder that reads both has a token for them together."""
+        tokens = [token for token in self._covering if token.start < other[1] and token.end > one[0]]
+        apart = {token.encoder for token in tokens}
+        together = {token.encoder for token in tokens if token.start < one[1] and token.end > other[0]}
+        return bool(together) and together == apart
 
     def at(self, position: int) -> WordTokens:
         """Return the token at one position."""
@@ -90,13 +108,21 @@ class TokenMap:
         """Return the words inside a span of the prompt (a marked subject), taken together."""
         start, end = span
         inside = [atom for atom in self._atoms if atom[0] < end and atom[1] > start]
-        name = " ".join(self.text[word[0][0] : word[-1][1]] for word in joined_words(self.text, inside))
+        name = self._name(joined_words(self.text, inside))
         positions = self._positions(inside or [span])
         if not positions:
             raise ValueError(self._missing(self.text[start:end]))
         same = self._occurrences(name)
         occurrence = sum(other.start <= (inside[0][0] if inside else start) for other in same)
         return WordTokens(name or self.text[start:end], max(occurrence, 1), start, end, positions)
+
+    def _name(self, words: Sequence[list[Span]]) -> str:
+        """Return words without what stands between them, weights for example; with spaces where something does."""
+        name, end = "", 0
+        for word in words:
+            name += (" " if name and word[0][0] > end else "") + self.text[word[0][0] : word[-1][1]]
+            end = word[-1][1]
+        return name
 
     @cached_property
     def _covering(self) -> list[Token]:
@@ -126,10 +152,20 @@ class TokenMap:
         return tuple(sorted({position for char in chars for position in self._touching.get(char, ())}))
 
     def _occurrences(self, phrase: str) -> list[WordTokens]:
+        """Return where a phrase is. Places where it is only a part of a token count where there are no others."""
+        found = _search(self.text, self._atoms, phrase)
+        found = [spans for spans in found if self._is_whole(spans)] or found
         return [
-            WordTokens(phrase, number, spans[0][0], spans[-1][1], self._positions(spans))
-            for number, spans in enumerate(_search(self.text, self._atoms, phrase), 1)
+            WordTokens(phrase, number, spans[0][0], spans[-1][1], self._positions(spans)) for number, spans in enumerate(found, 1)
         ]
+
+    def _is_whole(self, spans: Sequence[Span]) -> bool:
+        """Return whether no token of these words reads the words before or behind them as well."""
+        (start, _), (_, end) = spans[0], spans[-1]
+        first = bisect_left(self._atoms, (start, 0))
+        neighbours = [*self._atoms[max(first - 1, 0) : first], *self._atoms[first + len(spans) : first + len(spans) + 1]]
+        beside = [(one, other) for one, other in neighbours if one == end or other == start]
+        return not any(self._inseparable(*sorted((span, spans[0] if span[1] == start else spans[-1]))) for span in beside)
 
     def _missing(self, phrase: str) -> str:
         if _search(self.text, self._all_atoms, phrase):
