@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 Node = Mapping[str, Any]
+_PASSES_ON = ("FoveaSaveAttnMaps",)  # nodes whose output is what came in
 
 
 class Origin:
@@ -81,7 +82,9 @@ class Origin:
         def root(source: str, slot: int) -> tuple[str, int]:
             """Return where it comes from, through nodes that pass it on."""
             passed = next(((before, at) for given, before, at in self._links(source) if given == name), None)
-            return (source, slot) if passed is None else root(*passed)
+            return (
+                root(*passed) if passed is not None and self._get_node(source).get("class_type") in _PASSES_ON else (source, slot)
+            )
 
         own = {root(source, slot) for given, source, slot in self._links(self.node_id) if given == name}
         return {node for node in self._nodes for _, source, slot in self._links(node) if root(source, slot) in own}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,28 @@ def test_files_of_others_and_damaged_ones_are_refused(files: Any, maps: Any, tmp
     (folder / "half.attn.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="damaged"):
         files.FoveaLoadAttnMaps.execute("half.attn.safetensors")
+
+
+# --- marks in names -----------------------------------------------------------------------------------------------------
+
+
+def test_marks_in_names_are_replaced_through_the_api(files: Any, maps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ComfyUI's page does for Save Image: no mark and no character that Windows refuses is left."""
+    sampler = {"class_type": "KSampler", "inputs": {"seed": 7, "sampler_name": "a/b:c"}, "_meta": {"title": "Mine"}}
+
+    class Hidden:
+        prompt, extra_pnginfo = {"3": sampler}, None
+
+    monkeypatch.setattr(files.FoveaSaveAttnMaps, "hidden", Hidden, raising=False)
+    path = save(files, maps, "attention/%date:yyyy-MM-dd hh:mm%/%KSampler.seed%_%Mine.sampler_name%_%width%x%height%_%No.such%")
+    day, name = path.parts[-2:]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d_\d\d", day)
+    assert name == f"7_a_b_c_{IMAGE.shape[2]}x{IMAGE.shape[1]}_%No.such%_00001_.attn.safetensors"
+
+
+def test_files_in_folders_of_their_own_are_listed_and_loaded(files: Any, maps: Any) -> None:
+    path = save(files, maps, "attention/2026-01/deep/maps")
+    name = f"attention/2026-01/deep/{path.name} [output]"
+    assert name in files.FoveaLoadAttnMaps.define_schema().inputs[0].options
+    assert files.FoveaLoadAttnMaps.validate_inputs(name) is True
+    assert files.FoveaLoadAttnMaps.execute(name).args[0].layers == maps.layers
