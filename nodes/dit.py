@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import folder_paths
 from comfy_api.latest import io
 
@@ -9,6 +11,7 @@ from ..attention.dit import dit_sampler, load_dit
 from ..attention.dit.blends import NULL
 from ..attention.dit.labels import label_conditioning, label_options, parse_labels
 from ..attention.dit.model import AUTO, LATENT_FORMATS
+from ..attention.dit.reading import is_dit_config
 from ._schema import advanced, node_schema
 
 _FOLDERS = "diffusion_models", "checkpoints"
@@ -18,12 +21,25 @@ _DEFAULT_LABEL = 207  # golden retriever, the paper's favourite
 
 
 def _files() -> list[str]:
-    """Return the names of the files in all folders, each once."""
-    return list(dict.fromkeys(name for folder in _FOLDERS for name in folder_paths.get_filename_list(folder)))
+    """Return the names of the files in all folders, each once, and of DiTs in models/diffusers."""
+    files = (name for folder in _FOLDERS for name in folder_paths.get_filename_list(folder))
+    return list(dict.fromkeys([*files, *_diffusers_folders()]))
+
+
+def _diffusers_folders() -> dict[str, str]:
+    """Return the folders in models/diffusers that hold a DiT, by name."""
+    return {
+        f"{config.parents[1].relative_to(root).as_posix()}/": str(config.parents[1])
+        for root in map(Path, folder_paths.get_folder_paths("diffusers"))
+        for config in sorted(root.glob("*/transformer/config.json"))
+        if is_dit_config(config)
+    }
 
 
 def _path(name: str) -> str:
     """Return the path of a file in the first folder that has it."""
+    if name.endswith("/") and (folder := _diffusers_folders().get(name)):
+        return folder
     found = (folder_paths.get_full_path(folder, name) for folder in _FOLDERS)
     return next(filter(None, found), None) or folder_paths.get_full_path_or_raise(_FOLDERS[0], name)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .copies import PATCH_EMBEDDING, Copy, copies_of, tensors_of, unread_averages
 from .diffusers_keys import DIFFUSERS_DETAILS, Weights, from_diffusers
-from .network import Conditioning, DiT, heads_of, position_table
+from .embeddings import position_table
+from .network import Conditioning, DiT, heads_of
 from .reading import read_file
 from .relatives import changed_dit, is_incomplete, not_a_dit, some
 from .settings import TrainingSettings, settings_of

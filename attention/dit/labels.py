@@ -19,7 +19,7 @@ LABELS = "fovea_class_labels"  # in a conditioning: (n,) int64, one for each ima
 Conditioning = list[list[Any]]
 
 _SEPARATORS = re.compile(r"[,;、\n\r\t|]")
-_NUMBER = re.compile(r"#?(?:class(?:es)?|label|index)?\s*#?\s*(\d+)", re.IGNORECASE)
+_NUMBER = re.compile(r"(?:class(?:es)?|labels?|index)?[\s:_#]*(\d+)", re.IGNORECASE)
 _NUMBERED_NAME = re.compile(r"(\d+)(?:\s*:\s*|\s+-\s+|\s+)(.+)")
 _WORDNET = re.compile(r"(n\d{8})(?:[\s_:].*)?", re.IGNORECASE)
 

@@ -67,6 +67,7 @@ def read_file(path: str) -> tuple[Mapping[Any, Any], Any]:
     Raises:
         ValueError: the file is damaged, holds code, or no named weights; or other shards are missing.
     """
+    path = _file_of(path)
     shards = _shards(path)
     tree, metadata = _read(shards[0])
     if len(shards) > 1:
@@ -74,6 +75,31 @@ def read_file(path: str) -> tuple[Mapping[Any, Any], Any]:
         for shard in shards[1:]:
             tree.update(_read(shard)[0])
     return tree, _merged(_config_beside(path), metadata)
+
+
+def _file_of(path: str) -> str:
+    """Return the file with the weights: of a folder as diffusers saves it, or of an index of shards."""
+    place = Path(path)
+    if place.is_dir():
+        folders = (place / "transformer", place)
+        found = [
+            file
+            for folder in folders
+            for suffix in (*_SAFE, ".bin")
+            for file in sorted(folder.glob(f"*{suffix}"), key=lambda file: (len(file.name), file.name))
+        ]
+        if not found:
+            raise ValueError(
+                f"The folder {place.name} holds no weights of a DiT: there is no .safetensors file in it or its transformer."
+            )
+        return str(found[0])
+    if place.name.endswith(".index.json"):
+        try:
+            names = json.loads(place.read_text(encoding="utf-8"))["weight_map"].values()
+            return str(place.with_name(Path(min(names)).name))  # a name alone: an index must not lead out of its folder
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{place.name} is not an index of shards.") from error
+    return path
 
 
 def _shards(path: str) -> list[str]:
@@ -133,14 +159,21 @@ def _is_zip(path: str) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
+def is_dit_config(file: Path) -> bool:
+    """Return whether a ``config.json`` of diffusers is that of a class-conditional DiT."""
+    config = _config(file) or {}
+    return config.get("_class_name") in ("DiTTransformer2DModel", "Transformer2DModel") and "num_embeds_ada_norm" in config
+
+
 def _config_beside(path: str) -> dict[str, Any] | None:
-    """Return the ``config.json`` in the folder of a file as diffusers saves it, if it is a DiT's."""
-    file = Path(path).with_name("config.json")
-    if not Path(path).name.startswith("diffusion_pytorch_model") or not file.is_file():
-        return None
+    """Return the ``config.json`` in the folder of a file as diffusers saves it."""
+    return _config(Path(path).with_name("config.json")) if Path(path).name.startswith("diffusion_pytorch_model") else None
+
+
+def _config(file: Path) -> dict[str, Any] | None:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) else None
 

@@ -87,6 +87,10 @@ ROWS = (
     Row("SiT", ("sit",)),
 )
 
+# Of releases after the newest pinned one: rows, and what makes no images.
+LATER_ROWS = (Row("Wan Animate 2", ("wan_animate2",)),)
+LATER_LEFT_OUT = ("MiniMaxMusic3", "Trellis2")
+
 # Of ComfyUI's list, what makes no images: sound, 3D, and networks that look at images.
 LEFT_OUT = (
     "StableAudio", "StableAudio3", "ACEStep", "ACEStep15", "Hunyuan3Dv2", "Hunyuan3Dv2mini", "Hunyuan3Dv2_1", "TripoSplat",
@@ -101,7 +105,13 @@ def unknown_configs() -> list[str]:
     listed = [cls.__name__ for cls in comfy.supported_models.models if cls.__module__ == comfy.supported_models.__name__]
     built = {config for family in builders().values() for config in own_configs(family)}
     same = {config for row in ROWS for config in row.same}
-    return sorted(set(listed) - built - same - set(LEFT_OUT))
+    return sorted(set(listed) - built - same - {*LEFT_OUT, *LATER_LEFT_OUT})
+
+
+def rows_of_this_release() -> tuple[Row, ...]:
+    """Return the rows of the table, and those of a newer release where this ComfyUI is one."""
+    known = builders()
+    return (*ROWS, *(row for row in LATER_ROWS if all(family in known for family in row.families)))
 
 
 def builders() -> dict[str, Any]:
@@ -164,7 +174,7 @@ def without_names(cell: Cell, *names: str) -> Cell:
 
 
 def main() -> None:
-    publish(PAGE, ROWS, measure, __doc__ or "", unknown_rows)
+    publish(PAGE, rows_of_this_release, measure, __doc__ or "", unknown_rows)
 
 
 def unknown_rows() -> list[str]:

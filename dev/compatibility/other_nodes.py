@@ -266,7 +266,7 @@ def measure(others: Sequence[OtherNode], told: Callable[[str], None] = lambda na
 
 
 def main() -> None:
-    publish(PAGE, OTHER_NODES, measure, __doc__ or "")
+    publish(PAGE, lambda: OTHER_NODES, measure, __doc__ or "")
 
 
 if __name__ == "__main__":

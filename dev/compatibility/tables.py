@@ -151,24 +151,26 @@ class Page:
 
 def publish(
     page: Page,
-    rows: Sequence[AnyNamed],
+    rows_here: Callable[[], Sequence[AnyNamed]],
     measure: Callable[[Sequence[AnyNamed], Callable[[str], None]], list[Line]],
     about: str,
     unknown: Callable[[], list[str]] = list,
 ) -> None:
     """Run a page's command: measure what was chosen, print it, and write it if asked to; a fault is an error.
 
-    ``unknown`` returns what this ComfyUI has and the page does not, which is an error too where all rows were chosen.
+    ``rows_here`` returns the rows for the ComfyUI that was started; ``unknown`` what ComfyUI has and the page does not, which
+    is an error too where all rows were chosen.
     """
     parser = argparse.ArgumentParser(prog=f"python dev {page.command}", description=about.splitlines()[0])
     parser.add_argument("--only", default="", metavar="WORD", help="only what has this in its name")
     parser.add_argument("--write", action="store_true", help=f"put the table into {page.file.name}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the cells here, with ComfyUI's name of each model")
     arguments = parser.parse_args()
+    start_host(cpu=True)
+    rows = rows_here()
     chosen = [row for row in rows if arguments.only.lower() in row.name.lower()]
     if not chosen or (arguments.write and len(chosen) < len(rows)):
         parser.error("--only leaves nothing" if not chosen else "--write needs the whole table: leave out --only")
-    start_host(cpu=True)
     torch.set_num_threads(1)
     lines = measure(chosen, lambda name: print(name, file=sys.stderr))
     table = render(lines, page.first)

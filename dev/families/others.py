@@ -287,6 +287,8 @@ _ALL = [
          extras=_together(_tensors(audio_embed=(1, 25, 1024, 8)), _references(1, 16, 1, 16, 12))),
     _wan("wan_animate", "WAN22_Animate", "wan.model_animate", model_type="animate", in_dim=36,
          extras=_together(wan_i2v_extras, _tensors(pose_video_latent=(1, 16, 1, 16, 12)))),
+    _wan("wan_animate2", "WAN_Animate2", "wan.model_animate2", model_type="animate2", in_dim=36,
+         extras=_together(wan_i2v_extras, _tensors(pose_video_latent=(1, 16, 1, 16, 12)))),
     Family("wan_flowrvs", "WAN21_FlowRVS", _WAN_MODULE, WAN, frames=2, start=1.0),
     _wan("wan_scail", "WAN21_SCAIL", model_type="scail", in_dim=20,
          extras=_together(_references(1, 16, 1, 16, 12), _tensors(pose_video_latent=(1, 16, 2, 8, 6)))),

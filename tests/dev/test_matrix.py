@@ -28,6 +28,7 @@ def test_every_class_of_the_hosts_list_is_in_the_table_or_left_out_by_name():
     assert hosts_own == {*built, *same, *matrix.LEFT_OUT}
     assert matrix.unknown_configs() == []
     assert sorted(name for row in matrix.ROWS for name in row.families) == sorted(families)
+    assert matrix.rows_of_this_release() == matrix.ROWS
 
 
 @pytest.mark.usefixtures("of_this_host")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_dit import TINY, DiT, diffusers_network, dit, dit_diffusers, forward, inputs, sincos, tiny
+from tiny_dit import TINY, DiT, diffusers_network, dit, dit_diffusers, dit_embeddings, forward, inputs, sincos, tiny
 
 DESIGNS = [design.value for design in dit.Conditioning]
 
@@ -158,7 +158,7 @@ def test_the_papers_timestep_differs_from_diffusers_only_in_its_frequencies() ->
     with torch.inference_mode():
         difference = (ours(x, t, y) - theirs(x, timestep=t, class_labels=y).sample).abs().flatten(1).amax(1)
     assert difference[0] < 1e-5 < difference[1:].min()
-    assert dit.timestep_features(torch.tensor([999.0]))[0, 128:].shape == (128,)
+    assert dit_embeddings.timestep_features(torch.tensor([999.0]))[0, 128:].shape == (128,)
 
 
 # --- as ComfyUI's other transformers -----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 import comfy.lora
 import comfy.sd
 import comfy.utils
+import folder_paths
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -145,17 +146,29 @@ def test_shards_are_one_file(tmp_path: Path, network: Any, weights: Weights) -> 
         for part in (0, 1)
     ]
     assert all(holds(dit_files.read_dit(path), network) for path in paths)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "../../" + Path(paths[0]).name)}))
+    assert holds(dit_files.read_dit(str(index)), network), "a name leads nowhere but to its own folder"
     Path(paths[1]).unlink()
     with pytest.raises(ValueError, match=r"one of several files .*needs all 2 .*Missing: model-00002-of-00002\.safetensors"):
         dit_files.read_dit(paths[0])
 
 
-def test_a_folder_of_diffusers(tmp_path: Path) -> None:
-    path = write(tmp_path / "diffusion_pytorch_model.safetensors", diffusers_network().state_dict())
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "DiTTransformer2DModel", "num_attention_heads": 4}))
-    assert dit_files.read_dit(path).network["heads"] == 4
-    (tmp_path / "config.json").write_text("[1, {")
+def test_a_folder_of_diffusers(tmp_path: Path, node_classes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "DiT-XL-2-256" / "transformer"
+    folder.mkdir(parents=True)
+    path = write(folder / "diffusion_pytorch_model.safetensors", diffusers_network().state_dict())
+    config = {"_class_name": "DiTTransformer2DModel", "num_embeds_ada_norm": 1000, "num_attention_heads": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert dit_files.read_dit(path).network["heads"] == dit_files.read_dit(str(folder.parent)).network["heads"] == 4
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(tmp_path)], {"folder"}))
+    node = node_classes["DiTLoader"]
+    assert node.define_schema().inputs[0].options[-1] == "DiT-XL-2-256/"
+    assert isinstance(node.execute("DiT-XL-2-256/")[0].model, dit_host.DiTModel)
+    (folder / "config.json").write_text("[1, {")
     assert dit_files.read_dit(path).network["heads"] == 2
+    with pytest.raises(ValueError, match="holds no weights"):
+        dit_files.read_dit(str(tmp_path))
 
 
 def test_mapping_into_memory_can_be_forbidden(tmp_path: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:

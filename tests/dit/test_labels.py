@@ -52,7 +52,7 @@ def model(path: str) -> Any:
         ("207 360 387", [207, 360, 387]),
         ("207 golden retriever", [207]),
         ("207 - golden retriever", [207]),
-        ("class 207, #360", [207, 360]),
+        ("class 207, #360, labels: 3", [207, 360, 3]),
         ("golden_retriever, Golden-Retriever", [207, 207]),
         ("n02099601, N02123045", [207, 281]),
         ("n02099601 golden retriever", [207]),
