@@ -178,6 +178,8 @@ class Trial:
         saved = {kind: self.calls[kind] * GATE_STEPS - called for kind, called in self.counts.attention.items()}
         called = Counter(self.counts.prompts)
         dropped = self.asked.get(1, 0) * GATE_STEPS - called[1]
+        if latent.isfinite().all() and "did not fit" in self.log.lines[-1]:  # it noticed, and computed everything again
+            return Cell(Outcome.REFUSED, message=self.log.lines[-1])
         if not latent.isfinite().all() or (self.steady and called[0] != self.asked[0] * GATE_STEPS):
             return fault("the positive prompt is not computed as often as without it, or the latent is not finite")
         said = self.log.lines[-1]
