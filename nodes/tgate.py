@@ -5,12 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..attention import host, tgate
-from ..attention.tgate import CacheDevice, CfgAfterGate, Mode, TGateSettings
+from ..attention.tgate import CacheDevice, CfgAfterGate, GateOn, Mode, TGateSettings
 from ..attention.tgate.settings import MAX_SHARE
 from ._schema import advanced, node_schema
 
 
-def _values(options: type[CfgAfterGate] | type[Mode] | type[CacheDevice]) -> list[str]:
+def _values(options: type[CfgAfterGate] | type[Mode] | type[CacheDevice] | type[GateOn]) -> list[str]:
     return [option.value for option in options]
 
 
@@ -120,6 +120,29 @@ class TGateCache(io.ComfyNode):
                         "keeps half of the speed-up; 2 is closer still.",
                     )
                 ),
+                advanced(
+                    io.Combo.Input(
+                        "gate_on",
+                        options=_values(GateOn),
+                        default=GateOn.STEPS.value,
+                        optional=True,
+                        tooltip="What gate_at and full_at_end are fractions of. 'whole noise schedule' opens the gate at the "
+                        "same noise level in every run, also where a run has only a part of the steps (KSampler Advanced, "
+                        "SplitSigmas, low denoise).",
+                    )
+                ),
+                advanced(
+                    io.Float.Input(
+                        "full_at_end",
+                        default=0.0,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        optional=True,
+                        tooltip="Fraction of the steps at the end that is computed in full again. Higher brings back the "
+                        "guidance of the last steps and is slower.",
+                    )
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with T-GATE. The input model is not changed.")],
         )
@@ -138,6 +161,8 @@ class TGateCache(io.ComfyNode):
         cache_device: str = CacheDevice.AUTO.value,
         positive_share: float = 0.5,
         refresh_every: int = 0,
+        gate_on: str = GateOn.STEPS.value,
+        full_at_end: float = 0.0,
     ) -> io.NodeOutput:
         settings = TGateSettings(
             gate_at=gate_at,
@@ -150,6 +175,8 @@ class TGateCache(io.ComfyNode):
             cache_device=CacheDevice(cache_device),
             positive_share=positive_share,
             refresh_every=refresh_every,
+            gate_on=GateOn(gate_on),
+            full_at_end=full_at_end,
         )
         if gate_at == 1:
             return io.NodeOutput(host.detach(model, tgate.KEY))

@@ -102,7 +102,7 @@ def plan_evaluation(settings: TGateSettings, now: Situation) -> EvaluationPlan:
         refreshes=refreshes,
         stores_late=now.step >= now.gate and not opened and not refreshes,
         keeps_guidance=keeps_guidance and evaluated is None,
-        must_compute=evaluated is None and now.negative_is_old,
+        must_compute=refreshes or (evaluated is None and now.negative_is_old),
         notes=tuple(notes),
     )
 
@@ -133,7 +133,7 @@ def _pair(settings: TGateSettings, now: Situation) -> tuple[UUID, UUID] | None:
     positive, negative = now.prompts
     if not now.reuses_text or len(positive or ()) != 1 or len(negative or ()) != 1 or not all(now.active):
         return None
-    if now.gate <= 0 and settings.cfg_after_gate is CfgAfterGate.DROP_KEEP_POSITIVE and not settings.keeps_guidance:
+    if now.gate <= 0 and not settings.keeps_guidance:
         return None
     return now.active[POSITIVE][0], now.active[NEGATIVE][0]
 
@@ -154,6 +154,8 @@ def _kept(settings: TGateSettings, now: Situation, pair: tuple[UUID, UUID] | Non
     elif not now.active[NEGATIVE]:
         if behind:
             notes.append("the negative prompt does not act in every step after the gate; there, the positive one is kept")
+    elif len(now.active[POSITIVE]) == len(now.active[NEGATIVE]) == 1 and now.gate <= 0:
+        notes.append("this run begins after the gate, so the positive prompt is kept instead of the negative")
     else:
         notes.append("several prompts act together, so the positive ones are kept instead of the negative")
     return POSITIVE
