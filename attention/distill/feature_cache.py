@@ -37,7 +37,7 @@ class FeatureCache:
         self._models: WeakKeyDictionary[Any, OrderedDict[Any, _Entry]] = WeakKeyDictionary()
 
     def begin_run(self) -> None:
-        """What is stored or used from now on is not given up before what no run since has used."""
+        """Begin a run: drop what the last runs have not used, and keep what this one stores or uses longer than the rest."""
         self.run += 1
         for model, key, entry in self._entries():
             if entry.used < self.run - MAX_IDLE_RUNS:

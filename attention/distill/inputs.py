@@ -64,9 +64,7 @@ def target_latent(model: Any, latent: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_reference(reference: Tensor, ratio: int) -> None:
-    """Raises:
-    ValueError: a reference of one latent pixel, which has neither texture nor contrast.
-    """
+    """Raise a ValueError where a reference is one latent pixel, which has neither texture nor contrast."""
     if reference[0, 0].numel() == 1:
         raise ValueError(
             f"reference is a single latent pixel ({ratio} x {ratio} pixels of an image), which has no style to follow. Use a "
@@ -102,9 +100,7 @@ def encoded_reference(image: Tensor | None, vae: Any, model: Any) -> Tensor | No
 
 
 def check_content(content: Tensor, latent: Tensor) -> None:
-    """Raises:
-    ValueError: content of another size, or another number of images, than the latent.
-    """
+    """Raise a ValueError where content has another size or another number of images than the latent."""
     if content.shape[2:] != latent.shape[2:]:
         raise ValueError(
             f"content is {_size(content)} but latent_image is {_size(latent)} (in latent pixels). The content loss compares them "
@@ -119,9 +115,7 @@ def _size(latent: Tensor) -> str:
 
 
 def check_null_prompt(null_prompt: Sequence[Any] | None, guider: Any) -> None:
-    """Raises:
-    ValueError: no prompt, or one of another text encoder than the model's.
-    """
+    """Raise a ValueError where there is no null prompt, or it comes from another text encoder than the model's."""
     if not null_prompt:
         raise ValueError('null_prompt is empty. Connect the encoding of an empty prompt (CLIP Text Encode with "").')
     context, options = null_prompt[0][0], null_prompt[0][1]

@@ -37,7 +37,7 @@ class DistillJob:
         windows: parts of the latent that go through the model separately.
         circular: whether windows go over the edges of the image.
         regions: for each window.
-        costs: what will take long, to be said before sampling; notes: what was done to the inputs.
+        costs: what will take long, for the log before sampling; notes: how inputs were changed, for the log and the report.
     """
 
     settings: DistillSettings

@@ -1,9 +1,9 @@
-"""The losses of Attention Distillation, its colour statistics, and its regions.
+"""The losses of Attention Distillation.
 
 Zhou et al., "Attention Distillation: A Unified Approach to Visual Characteristics Transfer" (arXiv:2502.20235, CVPR 2025).
-A layer's own self-attention should give what it would give if it looked at the reference: L_AD = |SA(Q, K, V) - SA(Q, Ks, Vs)|,
-where only the first term has a gradient. The content loss keeps the queries, |Q - Qc|. Both are means over a layer's elements
-and sums over layers, and never divided by the number of images: every image has its own loss.
+A layer's own self-attention should give what it would give with the reference's keys and values:
+L_AD = |SA(Q, K, V) - SA(Q, Ks, Vs)|, where only the first term has a gradient. The content loss keeps the queries, |Q - Qc|.
+Both are means over a layer's elements and sums over layers, and never divided by the number of images: every image has its own.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class DistillObjective:
         return torch.stack([style, _mean_distance(inputs.q, queries[rows] if len(rows) < len(queries) else queries, len(rows))])
 
     def _style_by_region(self, layer: AttentionLayer, call: AttentionCall, features: Features, rows: Tensor) -> Tensor:
-        """Return the same, where every query may look at its own label only, one unmasked attention for each label."""
+        """Return (images,): the style loss where a query attends to its own label only, one unmasked attention per label."""
         assert self.regions is not None
         output, q = call.output, call.inputs.q
         losses = []

@@ -50,7 +50,7 @@ class Labels:
 
     Attributes:
         reference, target: (n, height, width), whole numbers.
-        notes: what was done to their greys, to be said to the user.
+        notes: how their greys were changed, for the log and the report.
     """
 
     reference: Tensor

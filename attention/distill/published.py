@@ -39,7 +39,7 @@ def distilled_layers(network: torch.nn.Module, text: str = "") -> list[Attention
 
 
 def published(network: torch.nn.Module, method: Method, *, flow: bool) -> tuple[int, float]:
-    """Iterations per step and learning rate: the authors' defaults for SD1.5, SDXL and Flux, and of these the nearest."""
+    """Return iterations per step and learning rate: the authors' defaults for SD1.5, SDXL and Flux, and of these the nearest."""
     if method is Method.OPTIMISE:
         return 1, 0.05
     if flow:

@@ -1,4 +1,4 @@
-"""Labels: which tokens of the target may look at which tokens of the references."""
+"""Labels: which tokens of the target attend to which tokens of the references."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def labels_of(mask: Tensor) -> Tensor:
 
 
 class Regions:
-    """Which tokens of the target may look at which tokens of the references: those of the same label.
+    """Which tokens of the target attend to which tokens of the references: those of the same label.
 
     The published code gives the attention a (queries, keys) mask of equal labels. Here every label's queries and keys are
     gathered instead, which is the same attention and never as large.

@@ -151,7 +151,7 @@ class DistillRun:
         )
 
     def _objectives(self, sigma: float, level: Tensor) -> list[DistillObjective]:
-        """For each window; all share the references' features."""
+        """Return the loss of each window; all share the references' features."""
         features, content = self.references.features(sigma), self._content_at(sigma)
         return [
             DistillObjective(
@@ -256,5 +256,5 @@ def _move(z: Tensor, gradient: Tensor, adam: torch.optim.Optimizer, mask: Tensor
 
 
 def _mean(losses: Sequence[Mapping[int, Tensor]]) -> float:
-    """Of all windows' images."""
+    """Return the mean over all windows' images."""
     return float(torch.stack([loss for of_window in losses for loss in of_window.values()]).mean())

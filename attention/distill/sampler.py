@@ -1,12 +1,12 @@
 """Attention Distillation: give an image the style, texture or appearance of references, by optimising its latent.
 
 Zhou et al., "Attention Distillation: A Unified Approach to Visual Characteristics Transfer" (arXiv:2502.20235, CVPR 2025).
-The loss (``distill_losses``) asks the last self-attentions of the network to give what they would give if they looked at the
-references at the same noise level. Two methods, as published:
+The loss (``distill_losses``) asks the last self-attentions of the network to give what they would give with the keys and
+values of the references at the same noise level. Two methods, as published:
 
 ``guided sampling``: after every denoising step, some steps of a new Adam on the latent at the sigma it has arrived at.
-``optimise``: no denoising. One Adam for the whole run; each sigma of the run is a time at which the network looks at the
-clean latent, at the clean references and at the clean content.
+``optimise``: no denoising. One Adam for the whole run; each sigma of the run is a time at which the network is given the
+clean latent, the clean references and the clean content.
 
 Adam's learning rate is in the units of the network's input, z = x * input_scale, which are variance preserving for eps and v
 models; ComfyUI's x is not. With one iteration a step, Adam moves every element by the learning rate, whatever the loss.
@@ -118,7 +118,7 @@ class Distillation:
 
 
 def _seed_of_part(seed: int | None, part: int) -> int | None:
-    """Stochastic samplers draw all their noise from the seed, so each part gets its own; the first one keeps it."""
+    """Return the seed of one part: stochastic samplers draw all their noise from it, and the first part keeps the run's."""
     return seed if seed is None or part == 0 else (seed + part * 0x9E3779B97F4A7C15) % 2**63
 
 

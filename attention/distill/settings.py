@@ -26,7 +26,7 @@ LEAST_WINDOW = 64
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """What the artist chose; iterations and learning_rate 0 are the published values for the method and the model.
+    """User settings; iterations and learning_rate 0 are the published values for the method and the model.
 
     Attributes:
         window, window_stride: in pixels of the image; window 0 is the whole.
