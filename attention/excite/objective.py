@@ -69,8 +69,8 @@ class ExciteObjective:
         maps = _mean(_on_one_grid([found for _, found in measurements]), "text")
         if maps is None:
             raise RuntimeError(
-                "Attend-and-Excite Guider: no attention to the text was seen, so there is nothing to guide. Another node "
-                "replaces or reshapes this model's attention; take it out."
+                "No attention to the text was seen, so Attend-and-Excite has nothing to guide: another node replaces or reshapes "
+                "this model's attention. Take it out."
             )
         if self.grid is not None and math.prod(self.grid) < maps.shape[1] * maps.shape[2]:
             maps = resize_maps(maps.movedim(-1, 1), self.grid, "area").movedim(1, -1)
