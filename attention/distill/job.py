@@ -57,14 +57,15 @@ class DistillJob:
     notes: list[str] = field(default_factory=list)
 
     def weights_of_pixels(self) -> list[Tensor] | None:
-        """Return how much each pixel of each reference counts, (1, 1, ..., height, width); None: all alike."""
+        """Return how much each pixel of each reference counts, (1, 1, ...) as large as it; None: all alike."""
         if self.reference_part is None and len(set(self.reference_weights)) == 1:
             return None
         size = self.references.shape[-2:]
         found = torch.tensor(self.reference_weights).view(-1, 1, 1).expand(-1, *size)
         if self.reference_part is not None:
             found = found * resize_maps(self.reference_part.float(), size, "area")
-        return [each.view(*[1] * (self.references.ndim - 2), *size) for each in found]
+        places = self.references.shape[2:]
+        return [each.expand(places)[None, None] for each in found]
 
 
 def prepare(
