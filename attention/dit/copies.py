@@ -123,7 +123,7 @@ def _is_averaged(place: str) -> bool:
 def _rank(copy: Copy) -> tuple[bool, bool, int, int]:
     words = _words(copy.name)
     known = next((i for i, word in enumerate(_PREFERRED) if word in words), len(_PREFERRED)) if words else 0
-    return bool(words & _OF_OTHERS), not copy.averaged, known if not copy.averaged else 0, len(copy.name)
+    return not copy.averaged, bool(words & _OF_OTHERS), known if not copy.averaged else 0, len(copy.name)
 
 
 def _averages_without_names(found: Sequence[tuple[str, Any, str]], original: Copy) -> list[Copy]:

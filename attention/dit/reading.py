@@ -34,6 +34,7 @@ _CONTAINERS = (
     )),
     *(f"pathlib.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
     *(f"pathlib._local.{name}" for name in ("Path", "PosixPath", "WindowsPath")),
+    *(f"numpy.{name}" for name in ("dtype", "core.multiarray.scalar", "_core.multiarray.scalar")),
     "typing.Any", "collections.defaultdict", "builtins.dict", "builtins.list", "builtins.str", "builtins.int", "builtins.float",
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ import comfy.lora
 import comfy.sd
 import comfy.utils
 import folder_paths
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -197,6 +198,7 @@ def test_mapping_into_memory_can_be_forbidden(tmp_path: Path, weights: Weights, 
         (["--prediction=velocity"], "velocity"),
         ('{"prediction": "velocity"}', "velocity"),
         (argparse.Namespace(lr=1e-4), "epsilon"),
+        (argparse.Namespace(best=np.float64(2.5), data=Path("data")), "epsilon"),
     ],
     ids=str,
 )
