@@ -21,7 +21,7 @@ from .diffusers_keys import DIFFUSERS_DETAILS, Weights, from_diffusers
 from .embeddings import position_table
 from .network import Conditioning, DiT, heads_of
 from .reading import read_file
-from .relatives import changed_dit, is_incomplete, not_a_dit, some
+from .relatives import changed_dit, incomplete, not_a_dit, some
 from .settings import TrainingSettings, settings_of
 
 # Empty tensors in a file that ComfyUI saved: what the weights alone do not say.
@@ -183,7 +183,7 @@ def _without_the_rest(weights: Weights, name: str) -> ValueError:
         return not_a_dit(weights, name)
     if foreign or flat:
         return changed_dit([*foreign, *([PATCH_EMBEDDING] if flat else [])], name)
-    return is_incomplete(["most of its layers"], name)
+    return incomplete(["most of its layers"], name)
 
 
 def _check_complete(network: dict[str, Any], weights: Weights, name: str) -> None:
@@ -199,7 +199,7 @@ def _check_complete(network: dict[str, Any], weights: Weights, name: str) -> Non
             f"{name} is quantised to whole numbers, which Load DiT cannot compute: {some(whole)}. Get it in fp16 or fp8."
         )
     if missing:
-        raise is_incomplete(missing, name)
+        raise incomplete(missing, name)
     if resized:
         raise ValueError(f"{name} is a changed DiT that Load DiT cannot compute: {some(resized)} in another shape.")
 

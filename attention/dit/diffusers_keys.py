@@ -33,7 +33,7 @@ _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)\.(weight|bias)$")
 
 
 def from_diffusers(weights: Weights, name: str = "the file") -> Weights:
-    """diffusers' names -> those of ``DiT``: query, key and value are joined, and the embedders that every block repeats are one.
+    """Return the weights by the names of ``DiT``: query, key and value joined, the embedders that all blocks repeat as one.
 
     Raises:
         ValueError: those embedders differ.

@@ -55,8 +55,9 @@ class _Inert(dict[Any, Any]):
 
 def _allowed() -> list[Any]:
     """Return the classes that a pickled file may name, of which only the first is the real one."""
-    named = torch.torch_version.TorchVersion(torch.__version__) >= (2, 6)  # before, a class cannot stand for another
-    return [argparse.Namespace, *((_Inert, name) for name in _CONTAINERS if named)]
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    can_stand_in = (major, minor) >= (2, 6)  # before, a class cannot be given another name
+    return [argparse.Namespace, *((_Inert, name) for name in _CONTAINERS if can_stand_in)]
 
 
 def read_file(path: str) -> tuple[Mapping[Any, Any], Any]:

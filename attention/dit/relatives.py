@@ -70,7 +70,7 @@ def changed_dit(foreign: Iterable[str], file: str) -> ValueError:
     return ValueError(f"{file} is a changed DiT that Load DiT cannot compute: it also has {some(names)}.")
 
 
-def is_incomplete(missing: list[str], file: str) -> ValueError:
+def incomplete(missing: list[str], file: str) -> ValueError:
     """Return the error for a file in which only some layers are missing."""
     return ValueError(f"{file} is incomplete: {some(missing)} missing. Copy the file again from its source.")
 

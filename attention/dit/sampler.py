@@ -43,7 +43,13 @@ def sample_ddpm(
     disable: bool | None = None,
     noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """DiT's sampler, in the form of ComfyUI's sampler functions: latents are in sigma units, x_t * sqrt(1 + sigma^2)."""
+    """Sample with the learned variance, in the form of ComfyUI's sampler functions.
+
+    Latents are in sigma units, x_t * sqrt(1 + sigma^2), (B, C, H, W).
+
+    Raises:
+        ValueError: the model has no learned variance, or another node hides it.
+    """
     extra_args = extra_args or {}
     _check_learns_variance(model.inner_model.inner_model)
     noise_sampler = noise_sampler or host.default_noise_sampler(x, seed=extra_args.get("seed"))

@@ -18,6 +18,7 @@ class VarianceOfStep:
     counts: dict[int, int] = field(default_factory=dict)
 
     def add(self, variance: Tensor, kinds: list[int]) -> None:
+        """Add the variance (B, C, H, W) of one call, whose equal parts are of the prompts ``kinds``."""
         for kind, chunk in zip(kinds, variance.chunk(len(kinds)), strict=True):
             total = self.sums.get(kind)
             if total is not None and total.shape != chunk.shape:
