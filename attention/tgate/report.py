@@ -63,9 +63,8 @@ class Report:
                 f"in step {step} only {served} of {called} cross-attention modules were reused, as a prompt begins there"
             )
         if late := self.stored_late - self.misfits:
-            reasons.append(
-                f"attention was stored only in step {_listed(late)}, because step {gate - 1} was not evaluated in full"
-            )
+            why = f"step {gate - 1} was not computed in full" if gate > 0 else "this run begins after the gate"
+            reasons.append(f"attention was stored only in step {_listed(late)}, because {why}")
         if self.misfits:
             reasons.append(
                 f"stored attention did not fit in step {_listed(self.misfits)} (another node changed the size of the model's "
@@ -74,12 +73,17 @@ class Report:
         if skipped := self.skipped & planned:
             reasons.append(f"EasyCache skipped {len(skipped)} of the {len(planned)} steps after the gate")
         if missing := planned - self.evaluated:
-            reasons.append(f"{len(missing)} of the {len(planned)} steps after the gate were not evaluated by the sampler")
+            reasons.append(
+                f"{len(missing)} of the {len(planned)} steps after the gate were not evaluated (by the sampler, or another cache)"
+            )
+        done = min(len(self.reused["cross"]), len(self.dropped)) if settings.drops_cfg else len(self.reused["cross"])
+        if done < len(planned) and not reasons and not self.notes:
+            reasons.append(f"{len(planned) - done} of the {len(planned)} steps after the gate were computed in full")
         return reasons
 
     def _limits(self, settings: TGateSettings) -> list[str]:
         """Return why not all can be reused or dropped in this graph."""
-        if self.one_by_one:
+        if self.one_by_one and not self.dropped:
             alone = "the prompts are computed one by one (by the guider or another node)"
             return [f"{alone}, so only the first one's attention is reused and none is dropped"]
         no_drop = "CFG is 1, so there is no negative prompt to drop" if self.no_negative and settings.drops_cfg else ""

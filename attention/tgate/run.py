@@ -13,7 +13,7 @@ from ..host import StepClock
 from ..networks.blocks import AttentionSite, Kind, attention_sites
 from .cache import AttentionCache
 from .convergence import ConvergenceMeter
-from .evaluation import NEGATIVE, POSITIVE, EvaluationPlan
+from .evaluation import NEGATIVE, POSITIVE, EvaluationPlan, Situation
 from .guidance import TINY_SIGMA, Guidance, GuidancePoint
 from .plan import Action, GateWindow, StepPlan
 from .report import Report
@@ -82,6 +82,23 @@ class TGateRun:
         self.first_at_step = step != self.step
         self.step = step
         self.awaits_main_call = True
+
+    def situation(self, sites: list[AttentionSite], conds: list[Any], needs_uncond: bool) -> Situation:
+        """Return what is known before an evaluation of ``conds``, the sampler's lists of prompts."""
+        return Situation(
+            step=self.step,
+            gate=self.gate,
+            full_from=self.full_from,
+            prompts=tuple(None if one is None else tuple(cond["uuid"] for cond in one) for one in conds),
+            active=tuple(tuple(cond["uuid"] for cond in one or () if host.is_active(cond, self.sigma)) for one in conds),
+            combines_as_cfg=self.combines_as_cfg,
+            needs_uncond=needs_uncond,
+            reuses_text=any(site.kind == "cross" for site in sites),
+            reuses_any=bool(sites),
+            holds_mean=self.cache.holds_means(self.seen_sites),
+            has_guidance=self.guidance is not None,
+            negative_is_old=self.negative_is_old,
+        )
 
     def prepare_cache(self, plan: EvaluationPlan, sites: list[AttentionSite], active: set[UUID]) -> None:
         """Forget what an evaluation is going to store anew, and what no evaluation will ask for any more."""

@@ -100,7 +100,7 @@ class TGate:
 
         sites = run.sites(model)
         run.see_replacements(host.acting_replacements(model_options, "attn2", run.sigma), sites)
-        now = situation(run, sites, conds, host.needs_uncond(model_options))
+        now = run.situation(sites, conds, host.needs_uncond(model_options))
         if not now.reuses_text and run.reuses_text:
             run.report.no_text = "the model is compiled" if host.is_compiled(model) else _no_text(model)
         run.report.no_negative |= has_no_negative(now.prompts)
@@ -137,9 +137,10 @@ class TGate:
             return None
         finally:
             run.call = None
-        if run.stopped:
-            return predictions if plan.kept is None else self._both_prompts(run, predictions[plan.kept], plan.kept)
-        self._take_note(run, plan, call, skipped=host.easycache_skipped(options), predictions=predictions)
+        if plan.kept is not None and not call.seen:  # no model call: ComfyUI found no prompt that acts
+            return None
+        if not run.stopped:
+            self._take_note(run, plan, call, skipped=host.easycache_skipped(options), predictions=predictions)
         return predictions if plan.kept is None else self._both_prompts(run, predictions[plan.kept], plan.kept)
 
     @staticmethod
@@ -255,24 +256,6 @@ class TGate:
             if host.spare_memory(device) <= 0:
                 run.cache.device = run.change.device = torch.device("cpu")
                 run.note("little memory is free, so the cache is kept in system memory")
-
-
-def situation(run: TGateRun, sites: list[AttentionSite], conds: list[Any], needs_uncond: bool) -> Situation:
-    """Return what is known before an evaluation of ``conds``, the sampler's lists of prompts."""
-    return Situation(
-        step=run.step,
-        gate=run.gate,
-        full_from=run.full_from,
-        prompts=tuple(None if one is None else tuple(cond["uuid"] for cond in one) for one in conds),
-        active=tuple(tuple(cond["uuid"] for cond in one or () if host.is_active(cond, run.sigma)) for one in conds),
-        combines_as_cfg=run.combines_as_cfg,
-        needs_uncond=needs_uncond,
-        reuses_text=any(site.kind == "cross" for site in sites),
-        reuses_any=bool(sites),
-        holds_mean=run.cache.holds_means(run.seen_sites),
-        has_guidance=run.guidance is not None,
-        negative_is_old=run.negative_is_old,
-    )
 
 
 def _no_text(model: Any) -> str:
