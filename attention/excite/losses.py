@@ -9,6 +9,7 @@ Maps are (images, height, width, text tokens), subjects' maps (images, subjects,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import combinations
@@ -92,9 +93,23 @@ def strengths(subjects: Tensor) -> Tensor:
     return subjects.flatten(2).amax(-1)
 
 
-def neglect(subjects: Tensor) -> Tensor:
-    """Return what the most neglected subject lacks of a full maximum, (images,): the paper's loss (eq. 1)."""
-    return (1 - strengths(subjects)).clamp(min=0).amax(1)
+def lack(strengths: Tensor) -> Tensor:
+    """Return what the most neglected subject lacks of a full maximum, (images,), from strengths (images, subjects)."""
+    return (1 - strengths).clamp(min=0).amax(1)
+
+
+def neglect(subjects: Tensor, tokens: Sequence[int] = ()) -> Tensor:
+    """Return what the most neglected subject lacks of a full maximum, (images,): the paper's loss (eq. 1).
+
+    Args:
+        tokens: how many each subject has (none given: one). Its loss is divided by them, so that a nudge is as far for a phrase
+            as for a word: shares that grow together would push that many times as hard.
+    """
+    found = strengths(subjects)
+    if not tokens:
+        return lack(found)
+    weakest = (1 - found).clamp(min=0).argmax(1)
+    return lack(found) / torch.tensor(tokens, device=found.device)[weakest]
 
 
 def variation(subjects: Tensor) -> Tensor:

@@ -76,7 +76,10 @@ class ExciteObjective:
             maps = resize_maps(maps.movedim(-1, 1), self.grid, "area").movedim(1, -1)
         subjects = subject_maps(maps, self.prompt, self.settings)
         self.strengths[rows.cpu()] = strengths(subjects).detach().float().cpu()
-        loss = neglect(subjects) if self.settings.loss is Loss.ATTEND_EXCITE else variation(subjects)
+        if self.settings.loss is Loss.ATTEND_EXCITE:
+            loss = neglect(subjects, [len(subject.positions) for subject in self.prompt.subjects])
+        else:
+            loss = variation(subjects)
         if self.settings.overlap:
             loss = loss + self.settings.overlap * overlap(subjects)
         looks = _mean([found for _, found in measurements], "image")

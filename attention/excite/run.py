@@ -15,6 +15,7 @@ from ..gradient.watch import Gradient
 from ..host import seen_by_the_model
 from ..host.patch_owners import patch_owners
 from .layers import GuidedLayers
+from .losses import lack
 from .objective import ExciteObjective
 from .own_rows import OwnPrompt
 from .settings import ExciteSettings
@@ -161,11 +162,12 @@ class ExciteRun:
     def _need(self, rows: Tensor) -> Tensor:
         """Return the paper's loss of some images when they were last measured, whatever loss moves them."""
         assert self.last is not None
-        return (1 - self.last[rows.cpu()]).clamp(min=0).amax(1)
+        return lack(self.last[rows.cpu()])
 
     def _gradient(self, seen: Tensor, sigma: Tensor, rows: Tensor) -> Gradient | None:
         """Return the loss and gradient of some images; each image's is that of its most neglected entry of the prompt."""
         best: Gradient | None = None
+        weakest = torch.zeros(len(rows))
         strengths: list[Tensor] = []
         for cond, prompt in self.prompts:
             grid = self.chosen.grid if "area" not in cond else None
@@ -175,12 +177,14 @@ class ExciteRun:
             strengths.append(objective.strengths if found is not None else torch.full_like(objective.strengths, math.nan))
             if found is None:
                 continue
+            lacking = lack(objective.strengths[rows.cpu()])
             if best is None:
-                best = found
-            else:
-                worse = found.loss > best.loss
-                shape = worse.view(-1, *(1,) * (found.latent.ndim - 1))
-                best = Gradient(torch.where(worse, found.loss, best.loss), torch.where(shape, found.latent, best.latent))
+                best, weakest = found, lacking
+                continue
+            worse = (lacking > weakest).to(found.loss.device)
+            shape = worse.view(-1, *(1,) * (found.latent.ndim - 1))
+            best = Gradient(torch.where(worse, found.loss, best.loss), torch.where(shape, found.latent, best.latent))
+            weakest = torch.maximum(weakest, lacking)
         if best is not None:
             self._remember(torch.cat(strengths, 1), rows.cpu())
         return best

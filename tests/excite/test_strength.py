@@ -91,3 +91,12 @@ def test_a_threshold_that_is_missed_is_said(node_classes, caplog):
         guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=1)
     said = "thresholds not reached after 1 refinements (at most a subject can be 1.00): 0.9 in 2 of 2 images"
     assert said in caplog.text
+
+
+def test_a_nudge_is_as_far_for_a_phrase_as_for_a_word(losses):
+    """The weakest subject alone is moved, by its loss over its tokens; with one token each it is the published loss."""
+    subjects = torch.rand(2, 3, 6, 5, generator=torch.Generator().manual_seed(0)) * 0.5
+    subjects[0, 1], subjects[1, 2] = subjects[0, 1] / 9, subjects[1, 2] / 9
+    expected = torch.stack([(1 - subjects[0, 1].max()) / 2, (1 - subjects[1, 2].max()) / 3])
+    torch.testing.assert_close(losses.neglect(subjects, [1, 2, 3]), expected)
+    assert torch.equal(losses.neglect(subjects, [1, 1, 1]), losses.neglect(subjects))
