@@ -37,14 +37,13 @@ def attention_as(
         reusing = [site for site in sites if actions[site.kind] is Action.REUSE]
         stack.enter_context(host.swapped_forward([(site.module, _reuse(site, run, call, uuids, options)) for site in reusing]))
         for site in sites:
+            hook: Callable[..., None] | None = None
             if actions[site.kind] is Action.STORE:
                 hook = _store(site, run, call, uuids, options, batch)
-            elif actions[site.kind] is Action.REUSE:
-                hook = _bypassed(site, call) if site.kind == "cross" else None
+            elif site.kind == "cross" and actions[site.kind] is Action.REUSE:
+                hook = _bypassed(call)
             elif site.kind == "cross" and run.measures:
                 hook = _measure(site, run, uuids)
-            else:
-                hook = None
             if hook is not None:
                 stack.callback(site.projection.register_forward_hook(hook).remove)
         yield
@@ -71,7 +70,7 @@ def _reuse(
     return forward
 
 
-def _bypassed(site: AttentionSite, call: MainCall) -> Callable[..., None]:
+def _bypassed(call: MainCall) -> Callable[..., None]:
     """Return a hook for a module that should not run: another pack's block calls its layers without calling the module."""
 
     def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:

@@ -42,6 +42,7 @@ from .run import MOST_MISFITS, MainCall, TGateRun
 from .settings import CacheDevice, TGateSettings
 
 KEY = host.GATE
+KINDS: tuple[Kind, ...] = ("self", "cross")
 
 Evaluate = Callable[[list[Any]], list[torch.Tensor]]
 
@@ -169,7 +170,7 @@ class TGate:
             report.refreshed.add(step)
         if plan.stores_late:
             report.stored_late.add(step)
-        for kind in ("self", "cross"):
+        for kind in KINDS:
             if plan.attention.action(kind) is Action.REUSE and call.served[kind]:
                 if not call.computed[kind]:
                     report.reused[kind].add(step)
