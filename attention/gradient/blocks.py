@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .. import host
-from ..networks.layers import checkpoint_blocks
 from .plain import differentiable, has_gradient, plain_tensor
 from .rerun import is_floating, put_back, requires_gradient, rerun, taken_out
 from .watch import LastLayerSeen, Measurements, Watch
@@ -22,8 +21,8 @@ class ChangedInPlace(RuntimeError):
 
 
 @contextmanager
-def recomputing_blocks(network: torch.nn.Module, watch: Watch, *, copies: bool, keeps_copies: bool) -> Iterator[None]:
-    """Let the blocks of ``network`` be computed again in the backward pass, which must run inside this block too.
+def recomputing_blocks(blocks: list[torch.nn.Module], watch: Watch, *, copies: bool, keeps_copies: bool) -> Iterator[None]:
+    """Let ``blocks`` of a network be computed again in the backward pass, which must run inside this block too.
 
     Args:
         watch: what is measured inside a block comes out of it with a gradient.
@@ -69,7 +68,6 @@ def recomputing_blocks(network: torch.nn.Module, watch: Watch, *, copies: bool, 
 
         return block
 
-    blocks = checkpoint_blocks(network)
     with host.swapped_forward([(block, recomputed(block.forward)) for block in blocks]):
         yield
 

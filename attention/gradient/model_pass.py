@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import host
 from ..host import ModelOptions, log
-from ..networks.layers import AttentionLayer
+from ..networks.layers import AttentionLayer, checkpoint_blocks
 from ..networks.placement import CallContext
 from ..networks.table import network_layout
 from .blocks import ChangedInPlace, recomputing_blocks
@@ -28,7 +28,7 @@ from .frozen_ops import Lanes
 from .levels import Level, Memory, first_level
 from .missing import every_layer_passes_a_gradient, is_about_gradients, no_gradient
 from .plain import differentiable, plain_tensors_in, saving_copies
-from .watch import Gradient, LastLayerSeen, Measure, Measurements, Objective, Watch
+from .watch import AttentionCall, Gradient, LastLayerSeen, Measure, Measurements, Objective, Watch
 
 # Half precision loses gradients below 6e-8: the loss is multiplied before the backward pass, and by less where that overflows.
 _HALF_PRECISION_SCALES = (2.0**16, 2.0**8, 1.0)
@@ -73,6 +73,7 @@ class ModelPass:
         self.level = Level.KEEP_ALL
         self._level_chosen = False
         self._lanes = Lanes(self.network)
+        self._blocks = checkpoint_blocks(self.network)
         self._care = _Care.NONE if self.layout is not None and self.layout.family == "U-Net" else _Care.COPIES
         self._checked = self._asked_for_memory = False
 
@@ -181,19 +182,25 @@ class ModelPass:
     ) -> Gradient:
         leaf = args[0].to(_at_least_float32(args[0]), copy=True).requires_grad_()
         context = self._context(args, kwargs)
-        watch = Watch(self.layers, lambda layer, call: objective.measure(layer, call, rows), context, checks=not self._checked)
+
+        def measure(layer: AttentionLayer, call: AttentionCall) -> Any:
+            with differentiable():  # objectives bring inference tensors along
+                return objective.measure(layer, call, rows)
+
+        watch = Watch(self.layers, measure, context, checks=not self._checked)
         with ExitStack() as stack:
             options = stack.enter_context(self._watched(watch, host.apply_model_options(args)))
             if self.level != Level.KEEP_ALL:
                 copies, keeps_copies = care >= _Care.COPIES, care >= _Care.KEPT_COPIES
-                stack.enter_context(recomputing_blocks(self.network, watch, copies=copies, keeps_copies=keeps_copies))
+                stack.enter_context(recomputing_blocks(self._blocks, watch, copies=copies, keeps_copies=keeps_copies))
             _forward(executor, host.with_apply_model_options([leaf, *args[1:]], options), kwargs)
             if not watch.found:
                 raise RuntimeError(
                     "None of the layers to guide was seen: another node replaces this model's attention. "
                     "Take it out, or choose other layers."
                 )
-            loss = objective.loss(watch.found, rows)
+            with differentiable():
+                loss = objective.loss(watch.found, rows)
             watch.found = []
             if not loss.requires_grad:
                 raise no_gradient(f"{type(self.network).__module__}.{type(self.network).__qualname__}")

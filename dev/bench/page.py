@@ -43,6 +43,7 @@ PARTS: dict[str, Sequence[str]] = {
     "maps": ("--size", "192", "--steps", "3"),
     "maps-daam": ("--parts", "unet", "--settings", "capture", "--size", "512", "--steps", "1"),
     "dit": ("--steps", "3"),
+    "launches": ("--shapes", "sd15", "--pairs", "5"),
     "overhead": (),
     "scaling": (),
     "profile": (),
@@ -57,6 +58,7 @@ TINY = {
     "pareto-intervals": ("--prompts", "2", "--repeats", "1", "--intervals"), "gradient": ("--tiny", "--pairs", "1"),
     "excite": ("--tiny",), "distill": ("--tiny",), "maps": ("--tiny",), "maps-daam": ("--tiny", "--parts", "unet"),
     "dit": ("--tiny", "--pairs", "1"), "profile": ("--tiny",),
+    "launches": ("--pairs", "1", "--shapes", "sd15", "--parts", "gradient"),
 }  # fmt: skip
 
 
