@@ -40,6 +40,7 @@ def aggregate(
 
 
 def step_map(maps: PromptMaps, step: int) -> Tensor:
+    """Return the map of one step, (batch, stored tokens, frames, height, width), the mean over layers and heads."""
     if maps.step_maps is None:
         raise ValueError("Single steps were not kept. Switch on 'per_step' in Capture Attention Maps and sample again.")
     if step not in maps.steps:
@@ -61,6 +62,7 @@ def on_canvas(maps: Tensor, area: tuple[float, float, float, float] | None, grid
 
 
 def cell_at(fraction: float, cells: int) -> int:
+    """Return the index of the cell at a fraction of a side, 0 .. cells - 1."""
     return min(max(int(fraction * cells), 0), cells - 1)
 
 

@@ -87,7 +87,7 @@ class AttnMaps:
 
     @property
     def sigmas(self) -> list[float]:
-        """Noise levels of the run, steps + 1 numbers."""
+        """Return the noise levels of the run, steps + 1 numbers."""
         return self.require().sigmas
 
     @property
@@ -102,12 +102,12 @@ class AttnMaps:
 
     @property
     def frames(self) -> int:
-        """Latent frames of a video; 1 for images."""
+        """Return the latent frames of a video; 1 for images."""
         return self.require().grid[0]
 
     @property
     def notes(self) -> list[str]:
-        """Return what the artist should know: layers that could not be seen, detail that was dropped."""
+        """Return what the user should know: layers that could not be seen, detail that was dropped."""
         return self.require().notes
 
     @property
@@ -126,7 +126,7 @@ class AttnMaps:
         return list(dict.fromkeys(name for maps in self.require().prompts for name in maps.layers))
 
     def count(self, prompt: str = "positive") -> int:
-        """Entries of this prompt's conditioning that have maps (several where prompts are combined)."""
+        """Return how many entries of this prompt's conditioning have maps (several where prompts are combined)."""
         return sum(maps.prompt == prompt for maps in self.require().prompts)
 
     def tokens(self, prompt: str = "positive", cond: int = 0) -> int:
@@ -134,7 +134,7 @@ class AttnMaps:
         return self.of(prompt, cond).tokens
 
     def heads(self, layer: str) -> int:
-        """Heads that are kept apart in a layer; 1 where only their mean is."""
+        """Return the heads that are kept apart in a layer; 1 where only their mean is."""
         for maps in self.require().prompts:
             if layer in maps.layers:
                 return maps.layers[layer].maps.shape[1]

@@ -80,6 +80,7 @@ class Capture:
     def outer_sample(
         self, executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        """Record the run, and hand its maps to the node's handle if it ends well."""
         guider = executor.class_obj
         run = CaptureRun(self.settings, StepClock.from_sigmas(sigmas), guider)
         with host.run_scope(guider, self.key, run):

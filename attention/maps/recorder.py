@@ -133,7 +133,7 @@ class CaptureRun:
         return Track(prompt, rows, placed, known, padding_of(known, text), fingerprint)
 
     def note(self, text: str) -> None:
-        """Something the artist should know; said once, in the run's log line and in the maps."""
+        """Keep something that the user should know, for the run's log line and the maps."""
         self.notes[text] = None
 
     # Adding up

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CaptureSettings:
-    """What the artist chose.
+    """User settings of a capture.
 
     Attributes:
         layers: names in the syntax of ``layer_names``; empty: what DAAM uses, or every layer of other networks.
