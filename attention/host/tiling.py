@@ -74,7 +74,8 @@ def join_edges(model: Any, network: nn.Module, edges: Edges) -> Any:
             if all(edges):
                 clone.add_object_patch(place + _PADDING_MODE, "circular")
             else:
-                clone.add_object_patch(place + _CLASS, _joining_class(type(module), edges))
+                kind: Any = type(module)
+                clone.add_object_patch(place + _CLASS, _joining_class(kind, edges))
     return clone
 
 
