@@ -204,7 +204,7 @@ class CaptureRun:
         lower = (min(self.longest, self.side or self.longest) + 1) // 2
         if not self.settings.per_head and self.heads_apart:
             self._average_heads()
-        elif lower >= _SMALL_SIDE:
+        elif lower >= self._small_side():
             self._lower(lower)
         elif self.heads_apart:
             self._average_heads()
@@ -219,6 +219,11 @@ class CaptureRun:
         else:
             return False
         return True
+
+    def _small_side(self) -> int:
+        """Return the side below which other detail goes first; of a video, whose grids are coarse, half of the network's own."""
+        video = any(track.layers and track.finest[0] > 1 for track in self.tracks.values())
+        return min(_SMALL_SIDE, max((self.longest + 1) // 2, _SMALLEST_SIDE)) if video else _SMALL_SIDE
 
     def _average_heads(self) -> None:
         self.heads_apart = False
