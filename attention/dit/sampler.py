@@ -68,7 +68,7 @@ def sample_ddpm(
             raise ValueError(
                 "another node computes this model's output, so DiT's ddpm sampler cannot see the variance. Use ddim."
             )
-        alpha_bar, alpha_bar_next = (1 / (1 + sigmas[j].double() ** 2) for j in (i, i + 1))
+        alpha_bar, alpha_bar_next = (1 / (1 + sigmas[j].cpu().double() ** 2) for j in (i, i + 1))
         noise = noise_sampler(sigmas[i], sigmas[i + 1]) if sigmas[i + 1] > 0 else None
         x = ddpm_step(x * alpha_bar.sqrt(), denoised, v, alpha_bar, alpha_bar_next, noise) / alpha_bar_next.sqrt()
     return x
