@@ -199,3 +199,33 @@ def test_the_largest_part_of_a_mask(pack: Any) -> None:
 def test_masks_are_cleaned_on_request(preview: Any, sampled: Any) -> None:
     masks, cleaned = (preview(*sampled, largest_part=largest).args[1] for largest in (False, True))
     assert (cleaned <= masks + 1e-6).all() and torch.equal(cleaned.amax((1, 2)), masks.amax((1, 2)))
+
+
+def test_padding_of_a_video_prompt_costs_neither_steps_nor_half_of_the_grid(pack: Any) -> None:
+    """Rows as Wan's encoder makes them: 46 of the words, zeros up to 512."""
+    recorder = importlib.import_module("fovea_attention.attention.maps.recorder")
+    module = importlib.import_module("fovea_attention.attention.maps")
+    padding_of = importlib.import_module("fovea_attention.attention.maps.padding").padding_of
+    sums = importlib.import_module("fovea_attention.attention.maps.sums")
+    host = importlib.import_module("fovea_attention.attention.host")
+
+    class Guider:
+        conds: dict[str, list[Any]] = {"positive": [], "negative": []}
+
+    rows = torch.randn(1, 512, 8)
+    rows[:, 46:] = 0
+    run = recorder.CaptureRun(
+        module.CaptureSettings(max_memory_mb=16), host.StepClock.from_sigmas(torch.linspace(1, 0, 11)), Guider()
+    )
+    run.tracks = {(name, 0): sums.Track(name, 512, None, None, padding_of(None, rows)) for name in Guider.conds}
+    for step in range(2):
+        run.step = step
+        run.seen_steps.add(step)
+        for track in run.tracks.values():
+            stored = track.without_padding(torch.rand(1, 1, 4, 512)).shape[-1]
+            for block in range(4):
+                run.add_text(track, f"block.{block}", 12, torch.rand(1, 1, stored, 5, 30, 52))
+            track.finish_step(step, run.keeps_steps)
+        run._fit(run._projected_bytes)
+    assert stored == 47 and run.keeps_steps and not run.notes
+    assert {track.finest for track in run.tracks.values()} == {(5, 15, 26)}
