@@ -25,5 +25,5 @@ def origin_of(hidden: Any) -> Origin | None:
 
 def samples_of(latent: Mapping[str, Any] | None) -> torch.Tensor | None:
     """Return the tensor of a LATENT; of video and sound together, the video."""
-    samples = None if latent is None else latent["samples"]
+    samples: Any = None if latent is None else latent["samples"]
     return samples.unbind()[0] if getattr(samples, "is_nested", False) and hasattr(samples, "unbind") else samples

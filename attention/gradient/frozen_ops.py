@@ -48,6 +48,8 @@ class _Convolution(torch.autograd.Function):
 
 def _resident_forward(module: Any, adds_in_place: bool) -> Forward | None:
     """Return a forward on plain aliases of the weights, or None for an operation that is not known."""
+    weight: Any
+    bias: Any
     weight, bias = (None if tensor is None else _alias(tensor) for tensor in (module.weight, module.bias))
     if isinstance(module, nn.Linear):
         return lambda x: F.linear(x, weight, bias)

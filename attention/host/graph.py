@@ -12,7 +12,7 @@ class NodeCall(NamedTuple):
 
     prompt: str
     node: str
-    index: int
+    list_index: int
 
 
 def executing_node() -> NodeCall | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import comfy.model_management
 import comfy.model_sampling
@@ -44,19 +44,20 @@ def holds_weights(module: torch.nn.Module) -> bool:
     """Return whether a module is one of ComfyUI's operations, or another node pack's layer with tensors of its own."""
     if isinstance(module, comfy.ops.CastWeightBiasOp):
         return True
-    if module._modules or _class_is_comfys(type(module)) and "forward" not in module.__dict__:
+    kind: Any = type(module)
+    if module._modules or _class_is_comfys(kind) and "forward" not in module.__dict__:
         return False
     tensors = (module._parameters, module._buffers, module.__dict__)
     return any(isinstance(value, torch.Tensor) for found in tensors for value in found.values())
 
 
 @functools.cache
-def _class_is_comfys(cls: type) -> bool:
+def _class_is_comfys(cls: Any) -> bool:
     return cls.__module__.startswith(("comfy.", "torch."))
 
 
 @functools.cache
-def _methods_are_comfys(cls: type) -> bool:
+def _methods_are_comfys(cls: Any) -> bool:
     if not issubclass(cls, comfy.ops.CastWeightBiasOp) or not _class_is_comfys(cls):
         return False
     methods = [getattr(cls, name) for name in _OWN_METHODS if hasattr(cls, name)]
@@ -66,8 +67,8 @@ def _methods_are_comfys(cls: type) -> bool:
 def is_own_operation(module: torch.nn.Module) -> bool:
     """Return whether a module is one of ComfyUI's operations and nothing else acts in it: its forward, cast and parameters are
     ComfyUI's own."""
-    own = module.__dict__
-    if not _methods_are_comfys(type(module)) or any(name in own for name in _OWN_METHODS):
+    own, kind = module.__dict__, cast(Any, type(module))
+    if not _methods_are_comfys(kind) or any(name in own for name in _OWN_METHODS):
         return False
     return _OWN_PARAMETERS.issuperset(module._parameters) and "weight" in module._parameters and not module._buffers
 

@@ -88,7 +88,8 @@ class Capture:
         start, end = (_kept_latent(latent, kwargs.get("latent_shapes")) for latent in (latent_image, result))
         recording = run.recording()
         patcher = guider.model_patcher
-        recording.latent = LatentSize(*end.shape[-2:], host.pixels_per_latent(patcher), host.frames_per_latent(patcher))
+        height, width = end.shape[-2:]
+        recording.latent = LatentSize(height, width, host.pixels_per_latent(patcher), host.frames_per_latent(patcher))
         seed = args[3] if len(args) > 3 else kwargs.get("seed")
         self.maps.fill(Run(recording, start, end, seed, host.executing_node()), run.limit)
         log.info(run.summary())
@@ -101,7 +102,7 @@ class Capture:
         if run is not None:
             run.prompts = executor.class_obj.conds
             sigma, model_options = read_sigma(timestep, model_options)
-            run.begin_evaluation(sigma)
+            run.begin_evaluation(sigma, host.steps_done(model_options))
         return executor(x, timestep, model_options, seed)
 
     def calc_cond_batch(

@@ -160,8 +160,8 @@ class ModelCall:
                 maps = part[0] if len(part) == 1 else torch.cat(part, -1)
                 self.run.add_text(track, layer.name, heads, maps.unflatten(-1, place.grid))
             if looks is not None:
-                chunk = slice(index * batch // len(self.tracks), (index + 1) * batch // len(self.tracks))
-                self.run.add_self(track, own, heads, pooled_queries(looks[chunk], place.grid, own))
+                mine = slice(index * batch // len(self.tracks), (index + 1) * batch // len(self.tracks))
+                self.run.add_self(track, own, heads, pooled_queries(looks[mine], place.grid, own))
 
     def _stored(self, tokens: int) -> int:
         """Return how many of a text's tokens get maps of their own, the mean over the prompts of the batch."""

@@ -67,8 +67,9 @@ class CaptureRun:
 
     # Which calls count
 
-    def begin_evaluation(self, sigma: float) -> None:
-        self.step = self.clock.step_at(sigma)
+    def begin_evaluation(self, sigma: float, done: int | None = None) -> None:
+        """Take note of an evaluation at ``sigma``, after ``done`` steps of the sampler where that is known."""
+        self.step = self.clock.step_at(sigma, done)
         self.awaits_main_call = self.step not in self.seen_steps
 
     @contextmanager

@@ -68,7 +68,7 @@ def _replaced(run: Run, new: Run) -> bool:
     """Return whether the same node samples anew, in a later prompt of the queue."""
     if run.node is None or new.node is None:
         return False
-    return run.node.node == new.node.node and run.node.index == new.node.index and run.node.prompt != new.node.prompt
+    return run.node.node == new.node.node and run.node.list_index == new.node.list_index and run.node.prompt != new.node.prompt
 
 
 def fit(runs: list[Run], limit: int) -> list[Run]:
