@@ -156,7 +156,7 @@ class FoveaTileView(io.ComfyNode):
             description="Shows a tile as its seams are best seen: four copies side by side, or with its edges in the middle.",
             search_aliases=["seamless", "tileable", "seam", "offset", "repeat", "preview", "2x2"],
             inputs=[
-                io.Image.Input("images", tooltip="The tile."),
+                io.Image.Input("images", tooltip="The decoded image of the tile."),
                 io.Combo.Input(
                     "view",
                     options=list(seamless.VIEWS),
@@ -165,7 +165,7 @@ class FoveaTileView(io.ComfyNode):
                     "middle.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="images", tooltip="What is to be looked at; connect Preview Image.")],
+            outputs=[io.Image.Output(display_name="images", tooltip="The view of the tile, for Preview Image.")],
         )
 
     @classmethod

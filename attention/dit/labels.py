@@ -18,7 +18,10 @@ from .blends import MOST_CLASSES, to_rows
 LABELS = "fovea_class_labels"  # in a conditioning: (n,) int64, one for each image of the batch
 Conditioning = list[list[Any]]
 
-_SEPARATORS = re.compile(r"[,;、\n\r\t|]")
+_SEPARATORS = re.compile("[,;\N{IDEOGRAPHIC COMMA}\n\r\t|]")
+_BRACKETS = (
+    "\"'`[]{}\N{LEFT BLACK LENTICULAR BRACKET}\N{RIGHT BLACK LENTICULAR BRACKET}\N{LEFT CORNER BRACKET}\N{RIGHT CORNER BRACKET}"
+)
 _NUMBER = re.compile(r"(?:class(?:es)?|labels?|index)?[\s:_#]*(\d+)", re.IGNORECASE)
 _NUMBERED_NAME = re.compile(r"(\d+)(?:\s*:\s*|\s+-\s+|\s+)(.+)")
 _WORDNET = re.compile(r"(n\d{8})(?:[\s_:].*)?", re.IGNORECASE)
@@ -79,7 +82,7 @@ def _entries(text: str) -> list[str]:
     text = re.sub(r"^\s*(?:np\.|torch\.)?(?:array|tensor)\s*(?=\()", "", text)
     while text[:1] == "(" and text[-1:] == ")" and "(" not in text[1:-1]:
         text = text[1:-1]
-    parts = [part.strip().strip("\"'`[]{}【】「」").strip().removesuffix(".") for part in _SEPARATORS.split(text)]
+    parts = [part.strip().strip(_BRACKETS).strip().removesuffix(".") for part in _SEPARATORS.split(text)]
     spaced = (part.split() if re.fullmatch(r"\d+(\s+\d+)+", part) else [part] for part in parts)
     return [part for group in spaced for part in group if part]
 
