@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
@@ -24,7 +25,7 @@ def adain(
         weights: how much each place of each reference counts, (1, 1, ...) as large as it; None: all alike.
     """
     places = tuple(range(2, x.ndim))
-    values = torch.cat([reference.movedim(1, 0).flatten(1) for reference in references], dim=1)
+    values = torch.cat([rearrange(reference, "n channels ... -> channels (n ...)") for reference in references], dim=1)
     shape = (1, -1, *[1] * len(places))
     if weights is None:
         mean_to, std_to = values.mean(1).view(shape), values.std(1).view(shape)

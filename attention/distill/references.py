@@ -14,6 +14,7 @@ from enum import IntEnum
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .. import host
@@ -148,4 +149,4 @@ def _keys_and_values(layer: AttentionLayer, call: AttentionCall) -> tuple[CallKe
 
 def _as_one(x: Tensor) -> Tensor:
     """Return rows of one image (frames) side by side: (rows, heads, tokens, channels) -> (1, heads, rows * tokens, channels)."""
-    return x if len(x) == 1 else x.transpose(0, 1).flatten(1, 2)[None]
+    return x if len(x) == 1 else rearrange(x, "rows heads tokens channels -> 1 heads (rows tokens) channels")

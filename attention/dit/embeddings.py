@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 FREQUENCIES = 256  # channels of the sinusoidal timestep embedding
@@ -71,4 +72,4 @@ class PatchEmbedder(nn.Module):
         self.proj = operations.Conv2d(channels, width, kernel_size=patch, stride=patch, **layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, T, D)
+        return rearrange(self.proj(x), "b d h w -> b (h w) d")

@@ -20,6 +20,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from .. import host
@@ -271,8 +272,7 @@ class DiT(nn.Module):
     def _unpatched(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Turn (B, T, p * p * C) into (B, C, H, W)."""
         p = self.patch_size
-        x = x.unflatten(-1, (p, p, self.out_channels)).unflatten(1, grid)  # (B, h, w, p, q, C)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.out_channels, grid[0] * p, grid[1] * p)
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=p, q=p)
 
 
 def _as_original(block: nn.Module) -> Callable[[dict[str, Any]], dict[str, Tensor]]:

@@ -11,7 +11,7 @@ from .losses import LossSettings
 
 @dataclass(frozen=True)
 class ExciteSettings:
-    """What the artist chose.
+    """User settings.
 
     Attributes:
         guide_until: fraction of the run's steps that are guided.

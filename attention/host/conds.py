@@ -39,7 +39,7 @@ _LIMITS_OF_A_PROMPT = (
     "timestep_end", "control", "control_apply_to_uncond", "gligen", "hooks", "default",
 )  # fmt: skip
 
-# Of these, what cannot be cut into windows, and what the artist calls it.
+# Of these, what cannot be cut into windows, and its name for users.
 LIMITS_OF_A_WINDOW = {"area": "prompts for an area", "control": "ControlNet", "gligen": "GLIGEN"}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..networks.grids import Grid, resize_maps
@@ -178,7 +179,7 @@ def self_grid(grid: Grid, tokens: int) -> Grid:
 
 
 def pooled_mass(rows: Tensor, grid: Grid, lowered: Grid) -> Tensor:
-    """Return (..., keys) -> (..., fewer keys), with the same sum (where both sides are even, else nearly)."""
+    """Return attention to fewer keys, (..., keys) -> (..., fewer keys), with the same sum where both sides are even."""
     if grid == lowered:
         return rows
     cells = resize_maps(rows.unflatten(-1, grid), lowered[1:], "area").flatten(-3)
@@ -186,10 +187,12 @@ def pooled_mass(rows: Tensor, grid: Grid, lowered: Grid) -> Tensor:
 
 
 def pooled_queries(matrix: Tensor, grid: Grid, lowered: Grid) -> Tensor:
-    """Return (batch, queries, keys) -> (batch, fewer queries, keys), their mean."""
+    """Return the mean of neighbouring queries: (batch, queries, keys) -> (batch, fewer queries, keys)."""
     if grid == lowered:
         return matrix
-    return resize_maps(matrix.transpose(1, 2).unflatten(-1, grid), lowered[1:], "area").flatten(-3).transpose(1, 2)
+    frames, height, width = grid
+    maps = rearrange(matrix, "b (f h w) k -> b k f h w", f=frames, h=height, w=width)
+    return rearrange(resize_maps(maps, lowered[1:], "area"), "b k f h w -> b (f h w) k")
 
 
 def pooled_self(matrix: Tensor, grid: Grid, tokens: int) -> tuple[Tensor, Grid]:

@@ -15,7 +15,7 @@ class JointCall:
     """The lengths a joint attention call is cut by.
 
     Attributes:
-        keys, queries: tokens that are looked at, and that look; image: of them the image's own; text: rows of the context.
+        keys, queries: numbers of tokens in the attention; image: of them the image's own; text: rows of the context.
         network: for what only it knows (registers, padding, order).
         arguments: the other conditioning of the model call.
     """

@@ -58,7 +58,7 @@ TINY = {
     "pareto-intervals": ("--prompts", "2", "--repeats", "1", "--intervals"), "gradient": ("--tiny", "--pairs", "1"),
     "excite": ("--tiny",), "distill": ("--tiny",), "maps": ("--tiny",), "maps-daam": ("--tiny", "--parts", "unet"),
     "dit": ("--tiny", "--pairs", "1"), "profile": ("--tiny",),
-    "launches": ("--pairs", "1", "--shapes", "sd15", "--parts", "gradient"),
+    "launches": ("--shapes", "sd15", "--pairs", "1"),
 }  # fmt: skip
 
 

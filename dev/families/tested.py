@@ -74,6 +74,7 @@ def _token_count(generator: torch.Generator) -> dict[str, Any]:
     """Return a mask: these networks read the number of tokens from it. Zeros fail in 0.3.75's sub-quadratic attention."""
     return {"attention_mask": torch.ones(1, 20, dtype=torch.long)}
 
+
 _ALL = [
     Family("sd15", "SD15", UNET_MODULE, UNET, channels=4, tokens=77),
     Family(

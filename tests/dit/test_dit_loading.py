@@ -346,7 +346,7 @@ def test_the_node_lists_and_loads_diffusion_models(
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     node = node_classes["DiTLoader"]
     offered = next(inp for inp in node.define_schema().inputs if inp.id == "model_name")
-    assert offered.options == ["DiT-T-2.safetensors"]
+    assert offered.options == ["DiT-T-2.safetensors", *folder_paths.get_filename_list("checkpoints")]
     with caplog.at_level(logging.INFO, logger="fovea"):
         model = node.execute("DiT-T-2.safetensors")[0]
     assert (

@@ -287,7 +287,7 @@ def test_no_prefix_leaves_the_output_folder(files: Any, tmp_path: Path) -> None:
     @given(prefix=PREFIXES)
     def check(prefix: str) -> None:
         try:
-            path = files._new_file(prefix)
+            path = files._new_file(prefix, torch.zeros(1, 8, 8, 3))
         except ValueError as error:
             assert str(error).startswith("filename_prefix")
         else:
