@@ -13,6 +13,7 @@ import environment
 import numpy as np
 import pytest
 from browser.front_end import FrontEnd, browser_page
+from environment.front_ends import front_end_version
 from host_server import HostServer, SavedImage
 from PIL import Image
 from playwright.sync_api import Route, expect
@@ -67,7 +68,7 @@ def our_nodes(object_info: dict[str, Any]) -> list[str]:
 def test_it_is_the_front_end_of_this_host(ui: FrontEnd, host_path: Path) -> None:
     """Unless there is only the one that is installed: a host whose front end was not fetched is tested with that."""
     if environment.front_end_arguments(host_path):
-        assert ui.version == environment.front_end_version(host_path)
+        assert ui.version == front_end_version(host_path)
 
 
 # Together they have every node that a template has; on the oldest front end the others would only take their time.
