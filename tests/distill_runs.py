@@ -26,6 +26,17 @@ class Noise:
         return torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(self.seed))
 
 
+class Shifted(Noise):
+    """The same noise, moved around the edges by (rows, columns)."""
+
+    def __init__(self, shifts: tuple[int, int] = (0, 0)) -> None:
+        super().__init__()
+        self.shifts = shifts
+
+    def generate_noise(self, latent):
+        return super().generate_noise(latent).roll(self.shifts, (-2, -1))
+
+
 @pytest.fixture(scope="module")
 def distill(pack):
     import fovea_attention.attention.distill.run as distill

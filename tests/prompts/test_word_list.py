@@ -51,7 +51,10 @@ def test_brackets_of_other_programs_are_explained(prompts: ModuleType, text: str
     "text", ["[a (cat:1.2)]", "[embedding:cat]", "[Star Wars: the film]", r"\[cat:0.8\]", "[cat] (a dog:0.8)"]
 )
 def test_colons_that_mean_nothing_else_stay(prompts: ModuleType, text: str) -> None:
-    prompts.parse_subjects(text)
+    plain, subjects = prompts.parse_subjects(text)
+    escaped = text.startswith("\\")
+    assert plain == (text.replace("\\", "") if escaped else text.replace("[", "").replace("]", ""))
+    assert len(subjects) == (0 if escaped else text.count("["))
 
 
 def test_positions_and_groups(prompts: ModuleType) -> None:

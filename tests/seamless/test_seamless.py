@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.model_management
 import pytest
 import torch
-from distill_runs import FAMILY, Noise, distill, features, fresh_cache, plain, run
+from distill_runs import FAMILY, Shifted, distill, features, fresh_cache, plain, run
 from families import FAMILIES
 from host_inprocess import host_node
 from scenes import evaluate
@@ -32,15 +32,6 @@ def seamless(node_classes):
 def model():
     with torch.inference_mode():
         return FAMILY.build()
-
-
-class Shifted(Noise):
-    def __init__(self, shifts: tuple[int, int] = (0, 0)) -> None:
-        super().__init__()
-        self.shifts = shifts
-
-    def generate_noise(self, latent):
-        return super().generate_noise(latent).roll(self.shifts, (-2, -1))
 
 
 def difference(image: torch.Tensor, shifted: torch.Tensor) -> float:

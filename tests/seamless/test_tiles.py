@@ -6,7 +6,7 @@ import comfy.model_management
 import pytest
 import torch
 import torch.nn.functional as F
-from distill_runs import FAMILY, Noise, distill, features, fresh_cache, guider_of, plain, random_latent, run, sigmas_of
+from distill_runs import FAMILY, Noise, Shifted, distill, features, fresh_cache, guider_of, plain, random_latent, run, sigmas_of
 from host_inprocess import host_node
 from scenes import evaluate
 from tiny_unet import sample
@@ -32,15 +32,6 @@ def seamless(node_classes):
 def model():
     with torch.inference_mode():
         return FAMILY.build()
-
-
-class Shifted(Noise):
-    def __init__(self, shifts: tuple[int, int] = (0, 0)) -> None:
-        super().__init__()
-        self.shifts = shifts
-
-    def generate_noise(self, latent):
-        return super().generate_noise(latent).roll(self.shifts, (-2, -1))
 
 
 def follows(make, shifts: tuple[int, int]) -> float:
