@@ -43,7 +43,7 @@ class AttentionCall:
 
     @property
     def output(self) -> Tensor:
-        """softmax(q k^T * scale + mask) v, before the output projection: (batch, heads, queries, channels)."""
+        """Return softmax(q k^T * scale + mask) v, before the output projection: (batch, heads, queries, channels)."""
         return self.returned if self.keeps_heads else self.returned.unflatten(-1, (self.inputs.heads, -1)).transpose(1, 2)
 
 

@@ -68,7 +68,7 @@ def cond_uuids(options: TransformerOptions) -> list[UUID]:
 
 
 def cond_or_uncond(options: TransformerOptions) -> list[int]:
-    """For each equal chunk of this call's batch: the index of its list of conds (0 positive, 1 negative)."""
+    """Return for each equal chunk of this call's batch the index of its list of conds (0 positive, 1 negative)."""
     return options["cond_or_uncond"]
 
 

@@ -133,7 +133,7 @@ class Capture:
     def _call(
         self, run: CaptureRun, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], options: TransformerOptions
     ) -> ModelCall | None:
-        """This model call, or None where it is not to be recorded."""
+        """Return this model call, or None where it is not to be recorded."""
         with run.lock:
             layers = self._layers(run, model)
             tracks = run.tracks_for(options) if layers else None

@@ -110,7 +110,7 @@ class ModelCall:
         transformer_options: TransformerOptions | None = None,
         **kwargs: Any,
     ) -> None:
-        """One attention call, with the arguments of ComfyUI's attention functions."""
+        """Record one attention call, with the arguments of ComfyUI's attention functions."""
         if not self.running:
             return
         layer, calls, shape = self.running[-1]

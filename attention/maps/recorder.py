@@ -74,7 +74,7 @@ class CaptureRun:
 
     @contextmanager
     def main_call(self, conds: list[Any], latent: Tensor) -> Iterator[None]:
-        """While the sampler's own evaluation of its prompts runs."""
+        """Record while the sampler's own evaluation of its prompts runs."""
         self.awaits_main_call = False
         self.seen_steps.add(self.step)
         self.seen.clear()
@@ -188,7 +188,7 @@ class CaptureRun:
         return sum(track.bytes for track in self.tracks.values())
 
     def _projected_bytes(self) -> int:
-        """With the step maps that are still to come."""
+        """Return the bytes with the step maps that are still to come."""
         left = self.clock.steps - len(self.seen_steps)
         coming = sum(size_of(track.step_maps[-1]) * left for track in self.tracks.values() if track.step_maps)
         return self._bytes() + coming

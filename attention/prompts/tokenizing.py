@@ -57,7 +57,7 @@ def _sub_tokenizer(clip: Any, encoder: str) -> Any:
 
 
 def _described(clip: Any, encoder: str, raw: list[RawToken], text: str) -> dict[int, tuple[str, Span | None, str]]:
-    """For each raw token of one encoder: readable text, span, kind."""
+    """Return for each raw token of one encoder its readable text, span and kind."""
     tokenizer = _sub_tokenizer(clip, encoder)
     read = piece_reader(tokenizer)
     kinds = _special_kinds(tokenizer, [(i, token) for i, token in enumerate(raw) if token.encoder == encoder])

@@ -35,7 +35,7 @@ class Guidance:
     before: GuidancePoint | None
 
     def at(self, sigma: float) -> torch.Tensor:
-        """Of the predictions of the image, x - sigma * noise; never further on than the two points lie apart."""
+        """Return the difference of the predicted images, x - sigma * noise; never further on than the two points lie apart."""
         noise, sigma = self.point.noise, max(sigma, TINY_SIGMA)
         if self.before is not None:
             apart = math.log(self.point.sigma / self.before.sigma)

@@ -44,7 +44,7 @@ _WORDS = "4cc2ff ff9f43 5fd38d ff6b8b c58cff ffe066 1fa39a ff9ad5 5b7bff a6d930 
 
 @cache
 def palette(colormap: Colormap) -> torch.Tensor:
-    """256 colours from low to high."""
+    """Return 256 colours from low to high."""
     at = np.linspace(0.0, 1.0, 256)
     if colormap is Colormap.GRAY:
         channels = [at, at, at]

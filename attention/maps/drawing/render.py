@@ -143,7 +143,7 @@ class Canvas:
         return Panel(x, y, image.width, image.height)
 
     def bar(self, x: int, y: int, width: int, scale: Scale, colormap: Colormap) -> None:
-        """A colour bar with the numbers of its ends under it."""
+        """Draw a colour bar with the numbers of its ends under it."""
         height = round(12 * self.unit)
         colors = palette(colormap)[torch.linspace(0, 255, max(width, 1)).long()]
         self.paste(colors[None].expand(max(height, 1), -1, -1), x, y)
