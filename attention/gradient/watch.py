@@ -118,7 +118,7 @@ class Watch:
 
     def attention(
         self,
-        host_function: Callable[..., Tensor],
+        comfy_function: Callable[..., Tensor],
         q: Tensor,
         k: Tensor,
         v: Tensor,

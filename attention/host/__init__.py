@@ -34,7 +34,7 @@ from .conds import (
     text_widths,
 )
 from .graph import NodeCall, executing_node
-from .latent_steps import GOOD_SAMPLERS, BeforeStep, check_sampler, hides_latent, sampler_name, seen_by_the_model, with_steps
+from .latent_steps import check_sampler, hides_latent, sampler_name, seen_by_the_model, with_steps
 from .loading import load_file, maps_files, patcher_for
 from .log import log
 from .memory import (
@@ -75,12 +75,10 @@ from .patching import (
     gate_step,
     run_scope,
     run_state,
-    sampler_scope,
     swapped_forward,
 )
 from .progress import Progress, check_interrupted, preview_callback, shows_console_progress
 from .sampling import (
-    WHOLE_LATENT,
     CFGGuider,
     combines_as_cfg,
     default_noise_sampler,
@@ -89,7 +87,6 @@ from .sampling import (
     frames_per_latent,
     input_scale,
     is_flow,
-    is_k_sampler,
     latent_channels,
     needs_whole_latent,
     noised,
@@ -103,7 +100,7 @@ from .sampling import (
     smallest_sigma,
 )
 from .step_caches import easycache_skipped, make_easycache_compute, move_easycache
-from .steps import NoiseLevels, StepClock, follow_sampler, is_comfy_loop, read_sigma, steps_done
+from .steps import StepClock, follow_sampler, read_sigma, steps_done
 from .tiling import AXES, Edges, join_edges, joined_edges, tiling_key
 from .weights import (
     cast_weights,
@@ -125,20 +122,16 @@ __all__ = [
     "AXES",
     "Area",
     "AttentionInputs",
-    "BeforeStep",
     "CFGGuider",
     "Edges",
     "GATE",
-    "GOOD_SAMPLERS",
     "INTERNAL_PASS",
     "LIMITS_OF_A_WINDOW",
     "ModelOptions",
     "NodeCall",
-    "NoiseLevels",
     "Progress",
     "StepClock",
     "TransformerOptions",
-    "WHOLE_LATENT",
     "acting_replacements",
     "activations_size",
     "add_part",
@@ -187,10 +180,8 @@ __all__ = [
     "intermediate_device",
     "internal_options",
     "is_active",
-    "is_comfy_loop",
     "is_compiled",
     "is_flow",
-    "is_k_sampler",
     "is_out_of_memory",
     "is_own_operation",
     "is_resident",
@@ -227,7 +218,6 @@ __all__ = [
     "sample",
     "sample_plainly",
     "sampler_name",
-    "sampler_scope",
     "schedule_key",
     "seen_by_the_model",
     "shows_console_progress",

@@ -97,8 +97,8 @@ def with_attention_observer(options: TransformerOptions, observe: Callable[..., 
 def with_attention(options: TransformerOptions, attention: Callable[..., torch.Tensor]) -> TransformerOptions:
     """Return options whose attention calls are made by ``attention(comfy_function, *args, **kwargs)`` alone."""
 
-    def override(host_function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        return attention(host_function, *args, **kwargs)
+    def override(comfy_function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        return attention(comfy_function, *args, **kwargs)
 
     return {**options, _ATTENTION_OVERRIDE: override}
 
