@@ -14,9 +14,11 @@ from comfy_api.latest import io, ui
 from ..attention.host import log
 from ..attention.maps import AttnMaps
 from ..attention.maps.drawing.colormaps import Colormap
-from ..attention.maps.drawing.render import Normalize, Style
+from ..attention.maps.drawing.overlay import Style
+from ..attention.maps.drawing.scales import Normalize
 from ..attention.maps.hover import pointing_data
-from ..attention.maps.views import Request, View, preview
+from ..attention.maps.preview import preview
+from ..attention.maps.request import Request, View
 from ..attention.tgate import TGateSettings
 from ._schema import advanced, node_schema
 from ._types import AttnMapsSocket

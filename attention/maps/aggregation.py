@@ -48,6 +48,21 @@ def step_map(maps: PromptMaps, step: int) -> Tensor:
     return maps.step_maps[maps.steps.index(step)]
 
 
+def looked_at(maps: PromptMaps, batch: int, x: float, y: float, frame: int) -> Tensor:
+    """Return where the point (x, y) of the image, as fractions, looks: (1, height, width) of the finest self-attention grid."""
+    finest = max((entry.grid for entry in maps.self_attention), key=lambda grid: grid[1] * grid[2])
+    total = sum(entry.weight for entry in maps.self_attention)
+    top, left, tall, wide = maps.area or (0.0, 0.0, 1.0, 1.0)
+    answer = torch.zeros(1, *finest[1:])
+    for entry in maps.self_attention:
+        frames, height, width = entry.grid
+        at = min(frame, frames - 1)
+        query = (at * height + _cell_at((y - top) / tall, height)) * width + _cell_at((x - left) / wide, width)
+        looked = entry.matrix[batch, query].float().view(frames, height, width)[at]
+        answer += resize_maps(looked[None] * (height * width), finest[1:]) * (entry.weight / total)
+    return answer / (finest[1] * finest[2])
+
+
 def on_canvas(maps: Tensor, area: tuple[float, float, float, float] | None, grid: Size, size: Size | None) -> Tensor:
     """Return (n, height, width) of the conditioning's own area -> the whole image."""
     if area is None:
@@ -61,7 +76,7 @@ def on_canvas(maps: Tensor, area: tuple[float, float, float, float] | None, grid
     return canvas
 
 
-def cell_at(fraction: float, cells: int) -> int:
+def _cell_at(fraction: float, cells: int) -> int:
     """Return the index of the cell at a fraction of a side, 0 .. cells - 1."""
     return min(max(int(fraction * cells), 0), cells - 1)
 

@@ -17,29 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..networks.grids import resize_maps
-from .aggregation import Size, aggregate, cell_at, checked_index, checked_positions, listed, on_canvas, step_map
+from .aggregation import Size, aggregate, checked_index, checked_positions, listed, looked_at, on_canvas, step_map
 from .file_format import from_tensors, to_tensors
 from .recording import PromptMaps, Recording
-from .runs import Run, fit, with_run
+from .runs import KeptRuns, Run
 
 
 class AttnMaps:
     """The ATTN_MAPS socket: an empty handle until sampling fills it, then the maps of the runs that are kept.
 
     Everything that asks for maps is answered from the last run; ``matching.maps_of_images`` returns those of another one.
-
-    Attributes:
-        runs: the newest last.
-        released: nodes whose runs are not kept any more.
-        shown: what each node of the workflow showed, by id: the numbers of the runs, and how many the handle had had by then.
     """
 
     def __init__(self, recording: Recording | None = None) -> None:
-        self.runs: list[Run] = [] if recording is None else [Run(recording)]
-        self.released: set[str] = set()
-        self.shown: dict[str, tuple[set[int], int]] = {}
-        self._count = len(self.runs)
+        self.kept = KeptRuns([] if recording is None else [Run(recording)])
+
+    @property
+    def runs(self) -> list[Run]:
+        """Return the runs that are kept, the newest last."""
+        return self.kept.runs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttnMaps:
         """Return the same handle: ComfyUI copies what hangs on a model, and sampling has to fill the one the preview holds."""
@@ -47,26 +43,7 @@ class AttnMaps:
 
     def fill(self, run: Recording | Run, limit: int | None = None) -> None:
         """Take over a finished run; all runs together stay below ``limit`` bytes."""
-        new = run if isinstance(run, Run) else Run(run)
-        self._count += 1
-        new.number = self._count
-        kept = with_run(self.runs, new)
-        self._keep(kept if limit is None else fit(kept, limit))
-        if new.node is not None:
-            self.released.discard(new.node.node)
-
-    def _keep(self, runs: list[Run]) -> None:
-        self.released |= {run.node.node for run in self.runs if run not in runs and run.node is not None}
-        self.runs = runs
-        self.released -= {run.node.node for run in runs if run.node is not None}
-
-    def note_shown(self, node: str, runs: list[Run], sharing: set[str]) -> None:
-        """Remember what a node shows, and let go of runs that no node does, once all that share the handle have shown theirs."""
-        self.shown[node] = ({run.number for run in runs}, self._count)
-        if all(other in self.shown for other in sharing):
-            wanted = set().union(*(self.shown[other][0] for other in sharing))
-            since = min(self.shown[other][1] for other in sharing)
-            self._keep([run for run in self.runs if run.number in wanted or run.number > since])
+        self.kept.add(run if isinstance(run, Run) else Run(run), limit)
 
     def require(self) -> Recording:
         """Return the recording, or an error that says what to do."""
@@ -241,19 +218,7 @@ class AttnMaps:
                 "Self-attention was not recorded. Switch on 'self_attention' in Capture Attention Maps and sample again."
             )
         index = checked_index(batch, self.batch, "image")
-        finest = max((entry.grid for entry in maps.self_attention), key=lambda grid: grid[1] * grid[2])
-        total = sum(entry.weight for entry in maps.self_attention)
-        answer = torch.zeros(1, *finest[1:])
-        for entry in maps.self_attention:
-            frames, height, width = entry.grid
-            at = min(frame, frames - 1)
-            top, left, tall, wide = maps.area or (0.0, 0.0, 1.0, 1.0)
-            row = cell_at((y - top) / tall, height)
-            column = cell_at((x - left) / wide, width)
-            query = (at * height + row) * width + column
-            looked = entry.matrix[index, query].float().view(frames, height, width)[at]
-            answer += resize_maps(looked[None] * (height * width), finest[1:]) * (entry.weight / total)
-        return on_canvas(answer / (finest[1] * finest[2]), maps.area, self.grid if maps.area else finest[1:], size)[0]
+        return on_canvas(looked_at(maps, index, x, y, frame), maps.area, self.grid, size)[0]
 
     def convergence(
         self, words: Sequence[Sequence[int]], *, prompt: str = "positive", batch: int = 0, cond: int = 0

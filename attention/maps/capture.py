@@ -91,7 +91,7 @@ class Capture:
         height, width = end.shape[-2:]
         recording.latent = LatentSize(height, width, host.pixels_per_latent(patcher), host.frames_per_latent(patcher))
         seed = args[3] if len(args) > 3 else kwargs.get("seed")
-        self.maps.fill(Run(recording, start, end, seed, host.executing_node()), run.limit)
+        self.maps.fill(Run(recording, start, end, seed, host.executing_node()), run.memory.limit)
         log.info(run.summary())
         return result
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .drawing.render import Scale
+from .drawing.scales import Scale
 from .heats import Source
 from .words import Word
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from .attn_maps import AttnMaps
-from .drawing.render import resize_heat
+from .drawing.pixels import resize_heat
 from .heats import Source
-from .views import Drawn
+from .preview import Drawn
 from .words import Word, every_word, read_prompt
 
 _VERSION = 1

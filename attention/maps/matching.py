@@ -37,7 +37,7 @@ def maps_of_images(maps: AttnMaps, images: Tensor, latent: Tensor | None = None,
     run, notes = _chosen(maps, images, latent, origin)
     stages = stages_of(run, maps.runs)
     if origin is not None:
-        maps.note_shown(origin.node_id, stages, origin.sharing())
+        maps.kept.note_shown(origin.node_id, stages, origin.sharing())
     whole = joined(stages)
     if whole.sigmas and whole.sigmas[-1] > 0:
         notes.append(f"this run ended at sigma {whole.sigmas[-1]:.3g}: steps after it were sampled elsewhere, or not at all")
@@ -118,7 +118,7 @@ def _led_to(maps: AttnMaps, fitting: Sequence[Run], images: Tensor, origin: Orig
     notes: list[str] = []
     for node in origin.ancestors:
         own = [run for run in maps.runs if _made_by(run, node, origin)]
-        if not own and any(leads_from(released, node) for released in maps.released):
+        if not own and any(leads_from(released, node) for released in maps.kept.released):
             if not candidates:
                 _refuse_cached(node)
             continue

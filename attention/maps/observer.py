@@ -139,7 +139,7 @@ class ModelCall:
         text = place.text
         size = 0 if text is None else 4 * batch * heads * self._stored(text.stop - text.start) * queries
         kept = heads if self.run.keeps_heads(size) else 1
-        own = self_grid(place.grid, self.run.self_tokens)
+        own = self_grid(place.grid, self.run.memory.self_tokens)
         parts: list[list[Tensor]] = [[] for _ in self.tracks]
         looks = inputs.q.new_empty(batch, queries, math.prod(own), dtype=torch.float32) if keeps_self else None
         for start, rows in row_probabilities(inputs, place.rows):

@@ -48,6 +48,44 @@ class Run:
         return sum(size_of(tensor) for tensor in _tensors(self.recording))
 
 
+class KeptRuns:
+    """The runs of one handle, and what has been shown of them.
+
+    Attributes:
+        runs: the newest last.
+        released: nodes whose runs are not kept any more.
+        shown: what each node of the workflow showed, by id: the numbers of the runs, and how many the handle had had by then.
+    """
+
+    def __init__(self, runs: list[Run]) -> None:
+        self.runs = runs
+        self.released: set[str] = set()
+        self.shown: dict[str, tuple[set[int], int]] = {}
+        self._count = len(runs)
+
+    def add(self, new: Run, limit: int | None = None) -> None:
+        """Take over a finished run; all runs together stay below ``limit`` bytes."""
+        self._count += 1
+        new.number = self._count
+        kept = with_run(self.runs, new)
+        self._keep(kept if limit is None else fit(kept, limit))
+        if new.node is not None:
+            self.released.discard(new.node.node)
+
+    def _keep(self, runs: list[Run]) -> None:
+        self.released |= {run.node.node for run in self.runs if run not in runs and run.node is not None}
+        self.runs = runs
+        self.released -= {run.node.node for run in runs if run.node is not None}
+
+    def note_shown(self, node: str, runs: list[Run], sharing: set[str]) -> None:
+        """Remember what a node shows, and let go of runs that no node does, once all that share the handle have shown theirs."""
+        self.shown[node] = ({run.number for run in runs}, self._count)
+        if all(other in self.shown for other in sharing):
+            wanted = set().union(*(self.shown[other][0] for other in sharing))
+            since = min(self.shown[other][1] for other in sharing)
+            self._keep([run for run in self.runs if run.number in wanted or run.number > since])
+
+
 def _tensors(recording: Recording) -> Iterator[Tensor]:
     for maps in recording.prompts:
         yield from (layer.maps for layer in maps.layers.values())

@@ -629,7 +629,7 @@ def budget_run(engine, steps: int = 4, **settings):
             (track,) = run.tracks_for({"cond_or_uncond": [0], "uuids": ["u"]})
             for name in run.order:
                 run.add_text(track, name, 4, maps)
-                peak = max(peak, run._bytes())
+                peak = max(peak, run.memory.bytes())
     return run.recording(), peak / 2**20
 
 

@@ -259,7 +259,7 @@ def test_one_step(preview: Any, sampled: Any) -> None:
 def test_the_gate_of_t_gate_is_marked(run: Any, pack: Any) -> None:
     views = importlib.import_module("fovea_attention.attention.maps.views")
     maps, _ = run
-    request = views.Request(default_gate=lambda steps: 2)
+    request = importlib.import_module("fovea_attention.attention.maps.request").Request(default_gate=lambda steps: 2)
     assert views._gate(maps, request) == views.Marker(2.5, "T-GATE gate (default)")
     maps.meta["tgate_gate"] = 4
     try:

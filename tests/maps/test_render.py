@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,24 +16,36 @@ pytestmark = pytest.mark.newest
 SIZES = [(64, 64), (1, 40), (40, 1), (30, 90), (700, 200)]
 
 
+def drawing(name: str) -> Any:
+    return importlib.import_module(f"fovea_attention.attention.maps.drawing.{name}")
+
+
 @pytest.fixture(scope="module")
 def render(pack: Any) -> Any:
-    return importlib.import_module("fovea_attention.attention.maps.drawing.render")
+    """What the tests draw with, from its five files."""
+    names = {
+        "scales": ["Normalize", "Scale", "scales"],
+        "pixels": ["resize_heat"],
+        "canvas": ["BACKGROUND", "number"],
+        "overlay": ["Style", "blend", "draw_point"],
+        "layouts": ["Cell", "captioned", "grid", "segments", "strip", "strip_columns"],
+    }
+    return SimpleNamespace(**{name: getattr(drawing(file), name) for file, found in names.items() for name in found})
 
 
 @pytest.fixture(scope="module")
 def colormaps(pack: Any) -> Any:
-    return importlib.import_module("fovea_attention.attention.maps.drawing.colormaps")
+    return drawing("colormaps")
 
 
 @pytest.fixture(scope="module")
 def chart(pack: Any) -> Any:
-    return importlib.import_module("fovea_attention.attention.maps.drawing.chart")
+    return drawing("chart")
 
 
 @pytest.fixture(scope="module")
 def text_font(pack: Any) -> Any:
-    return importlib.import_module("fovea_attention.attention.maps.drawing.fonts")
+    return drawing("fonts")
 
 
 def picture(height: int = 64, width: int = 64) -> torch.Tensor:

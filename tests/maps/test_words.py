@@ -159,8 +159,8 @@ def test_padding_is_told_from_metadata_or_from_rows_of_zeros(pack: Any) -> None:
 
 def test_many_words_and_images_draw_what_can_be_looked_at(preview: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     maps, images = run("red circle, blue square, green ring, white cross on a yellow triangle", batch=2)
-    views = importlib.import_module("fovea_attention.attention.maps.views")
-    monkeypatch.setattr(views, "_MOST_FIGURES", 16)
+    module = importlib.import_module("fovea_attention.attention.maps.preview")
+    monkeypatch.setattr(module, "_MOST_FIGURES", 16)
     every = len({"red", "circle", "blue", "square", "green", "ring", "white", "cross", "on", "a", "yellow", "triangle"})
     most = 16 // 2
     output = preview(maps, images)
@@ -217,7 +217,7 @@ def test_padding_of_a_video_prompt_costs_neither_steps_nor_half_of_the_grid(pack
     run = recorder.CaptureRun(
         module.CaptureSettings(max_memory_mb=16), host.StepClock.from_sigmas(torch.linspace(1, 0, 11)), Guider()
     )
-    run.tracks = {(name, 0): sums.Track(name, 512, None, None, padding_of(None, rows)) for name in Guider.conds}
+    run.tracks |= {(name, 0): sums.Track(name, 512, None, None, padding_of(None, rows)) for name in Guider.conds}
     for step in range(2):
         run.step = step
         run.seen_steps.add(step)
@@ -225,7 +225,7 @@ def test_padding_of_a_video_prompt_costs_neither_steps_nor_half_of_the_grid(pack
             stored = track.without_padding(torch.rand(1, 1, 4, 512)).shape[-1]
             for block in range(4):
                 run.add_text(track, f"block.{block}", 12, torch.rand(1, 1, stored, 5, 30, 52))
-            track.finish_step(step, run.keeps_steps)
-        run._fit(run._projected_bytes)
-    assert stored == 47 and run.keeps_steps and not run.notes
+            track.finish_step(step, run.memory.keeps_steps)
+        run.memory.fit(lambda: run.memory.projected_bytes(run.clock.steps - len(run.seen_steps)))
+    assert stored == 47 and run.memory.keeps_steps and not run.notes
     assert {track.finest for track in run.tracks.values()} == {(5, 15, 26)}

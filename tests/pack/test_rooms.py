@@ -80,7 +80,7 @@ def test_every_room_imports_only_what_is_below_it() -> None:
         ("networks/table.py", "from .. import host"),
         ("prompts/syntax.py", "from ..networks.grids import Grid"),
         ("gradient/watch.py", "from ..maps.probabilities import row_probabilities"),
-        ("maps/drawing/render.py", "from ...excite import losses"),
+        ("maps/drawing/overlay.py", "from ...excite import losses"),
         ("seamless.py", "def late():\n    from .distill import windows"),
         ("tgate/technique.py", "from ...nodes import tgate"),
     ],

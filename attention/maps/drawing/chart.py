@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from .canvas import LINE, MUTED, TEXT, Canvas, Figure, number
 from .fonts import fit, font_for
-from .render import LINE, MUTED, TEXT, Canvas, Figure, number, to_tensor
+from .pixels import to_tensor
 
 _SMOOTH = 2
 _MOST_NAMES = 16
