@@ -1,9 +1,9 @@
-"""Run all benchmarks in one go, onto one page: docs/benchmarks.md.
+"""Run all benchmarks in one go, onto the pages of docs/benchmarks.
 
-    python dev bench [--only NAME ...] [--threads N] [--tiny] [--peer NAME=PATH] [--daam PYTHON] [--page FILE]
+    python dev bench [--only NAME ...] [--threads N] [--tiny] [--peer NAME=PATH] [--daam PYTHON] [--pages FOLDER]
 
-Each benchmark runs in a process of its own, one after the other, and its part of the page is replaced as soon as it is done: a
-page that was interrupted keeps what it had. Figures are ratios of variants that took turns in one process; seconds are shown to
+Each benchmark runs in a process of its own, one after the other, and its part of a page is replaced as soon as it is done: pages
+that were interrupted keep what they had. Figures are ratios of variants that took turns in one process; seconds are shown to
 judge them by, and hold for this machine alone. Leave the machine alone meanwhile.
 """
 
@@ -22,13 +22,22 @@ from pathlib import Path
 from bench.peers import add_peer_argument
 
 DEV = Path(__file__).resolve().parent.parent
-PAGE = DEV.parent / "docs" / "benchmarks.md"
-INTRODUCTION = """# Benchmarks
+PAGES = DEV.parent / "docs" / "benchmarks"
+INTRODUCTION = """# {title}
 
 Made by `python dev bench`. Variants take turns in one process, after a round that does not count; what is compared is ratios, as
-medians with the lowest and the highest. Below every title is the command that repeats it alone.
+medians with the lowest and the highest. Below every title is the command that repeats it alone. [All benchmarks](README.md).
 """
-# In the page's order; what follows a hyphen tells two parts of one benchmark apart; {plots} is the page's own folder of images.
+# The title of each page, and its parts in their order; what follows a hyphen tells two parts of one benchmark apart.
+CONTENTS: dict[str, tuple[str, Sequence[str]]] = {
+    "t-gate": ("Benchmarks of T-GATE", ("tgate", "tgate-sdxl", "tgate-pixart", "tgate-auto", "cache")),
+    "pareto": ("T-GATE and what else makes sampling faster", ("pareto", "pareto-intervals")),
+    "gradients": ("Benchmarks of guided sampling", ("gradient", "excite", "distill")),
+    "maps": ("Benchmarks of attention maps", ("maps", "maps-daam")),
+    "dit": ("Benchmarks of DiT", ("dit",)),
+    "overhead": ("What the pack itself costs", ("launches", "overhead", "scaling", "profile")),
+}
+# {plots} is the folder of the pages.
 PARTS: dict[str, Sequence[str]] = {
     "tgate": ("--parts", "speed", "--size", "192", "--steps", "5"),
     "tgate-sdxl": ("--parts", "speed", "--shape", "sdxl", "--size", "128", "--steps", "5"),
@@ -68,11 +77,17 @@ def part_of(page: str, name: str) -> str | None:
     return found[1] if found else None
 
 
+def page_of(part: str) -> str:
+    """Return the name of the page that a part is on."""
+    return next(name for name, (_, parts) in CONTENTS.items() if part in parts)
+
+
 def with_part(page: str, name: str, text: str) -> str:
-    """Put a new text for a part on the page; parts keep the order of ``PARTS``."""
-    parts = {each: part_of(page, each) for each in PARTS} | {name: text}
+    """Put a new text for a part on its page; parts keep the order of ``CONTENTS``."""
+    title, order = CONTENTS[page_of(name)]
+    parts = {each: part_of(page, each) for each in order} | {name: text}
     shown = [f"<!-- {each} -->\n{kept}\n<!-- end of {each} -->\n" for each, kept in parts.items() if kept is not None]
-    return "\n".join([INTRODUCTION, *shown])
+    return "\n".join([INTRODUCTION.format(title=title), *shown])
 
 
 def benchmark_of(part: str) -> str:
@@ -99,40 +114,41 @@ def shown_command(name: str, arguments: Sequence[str], root: Path) -> str:
 
 
 def run_part(name: str, args: argparse.Namespace) -> None:
-    """Run one benchmark and put its report on the page."""
-    page: Path = args.page.resolve()
-    arguments = arguments_of(name, args, page.parent / page.stem)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "report.md")
+    """Run one benchmark and put its report on its page."""
+    folder: Path = args.pages.resolve()
+    arguments = arguments_of(name, args, folder)
+    shown = shown_command(name, arguments, folder.parent.parent)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch, "report.md")
         command = [sys.executable, str(DEV), "bench", benchmark_of(name), *arguments, "--out", str(out)]
-        print(f"\n=== {shown_command(name, arguments, page.parent.parent)}", flush=True)
+        print(f"\n=== {shown}", flush=True)
         subprocess.run(command, check=True, env={**os.environ, "FOVEA_INSIDE": "1"})
         title, _, rest = out.read_text(encoding="utf-8").strip().partition("\n")
-    made = f"`{shown_command(name, arguments, page.parent.parent)}`, {datetime.date.today():%Y-%m-%d}"
-    text = f"{title}\n\n{made}\n\n{rest.strip()}"
-    plot = page.parent / page.stem / f"{name}.svg"
+    text = f"{title}\n\n`{shown}`, {datetime.date.today():%Y-%m-%d}\n\n{rest.strip()}"
+    plot = folder / f"{name}.svg"
     if any(str(plot) in each for each in arguments):
-        text += f"\n\n![{title.removeprefix('## ')}]({page.stem}/{name}.svg)"
-    page.parent.mkdir(parents=True, exist_ok=True)
+        text += f"\n\n![{title.removeprefix('## ')}]({plot.name})"
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / f"{page_of(name)}.md"
     before = page.read_text(encoding="utf-8") if page.is_file() else ""
     page.write_text(with_part(before, name, text), encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python dev bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), help="these parts; the page keeps its others")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), help="these parts; the pages keep their others")
     parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--tiny", action="store_true", help="tiny networks, to try the page itself")
+    parser.add_argument("--tiny", action="store_true", help="tiny networks, to try the pages themselves")
     add_peer_argument(parser)
     parser.add_argument("--daam", type=Path, metavar="PYTHON", help="measure daam with this Python (bench maps --help)")
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--pages", type=Path, default=PAGES, metavar="FOLDER")
     args = parser.parse_args(argv)
     for name in args.only or PARTS:
         if name == WITH_DAAM and not args.daam:
             print(f"\n=== {name} is left out: it needs --daam PYTHON", flush=True)
             continue
         run_part(name, args)
-    print(f"\nThe page: {args.page}")
+    print(f"\nThe pages: {args.pages}")
 
 
 if __name__ == "__main__":

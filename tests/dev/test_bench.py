@@ -355,12 +355,17 @@ def test_every_series_runs():
 # --- the page ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_part_of_the_page_is_replaced_and_the_others_stay():
-    once = page.with_part(page.with_part("", "excite", "first"), "tgate", "gate | 1.5 |")
-    again = page.with_part(once, "excite", "second")
-    assert page.part_of(again, "tgate") == "gate | 1.5 |" and page.part_of(again, "excite") == "second"
-    assert again.index("gate") < again.index("second") and "first" not in again
-    assert page.part_of(again, "maps") is None
+def test_a_part_of_a_page_is_replaced_and_the_others_stay():
+    once = page.with_part(page.with_part("", "distill", "first"), "excite", "nudged | 1.5 |")
+    again = page.with_part(once, "distill", "second")
+    assert page.part_of(again, "excite") == "nudged | 1.5 |" and page.part_of(again, "distill") == "second"
+    assert again.index("nudged") < again.index("second") and "first" not in again
+    assert page.part_of(again, "gradient") is None
+
+
+def test_every_part_is_on_one_page():
+    parts = [part for _, parts in page.CONTENTS.values() for part in parts]
+    assert sorted(parts) == sorted(page.PARTS)
 
 
 def test_commands_on_the_page_name_no_machine(tmp_path):
@@ -379,26 +384,30 @@ def test_a_trial_of_the_page_has_the_parts_of_the_real_one():
 
 
 def test_a_part_for_want_of_daam_is_left_out(tmp_path, capsys):
-    page.main(["--only", page.WITH_DAAM, "--page", str(tmp_path / "page.md")])
+    page.main(["--only", page.WITH_DAAM, "--pages", str(tmp_path / "pages")])
     assert "needs --daam" in capsys.readouterr().out
-    assert not (tmp_path / "page.md").exists()
+    assert not (tmp_path / "pages").exists()
 
 
 FIGURES = re.compile(r"<!-- figures of ([\w, -]+) -->\n(.*?)<!-- end of figures -->", re.S)
 
 
-def test_figures_in_the_readme_are_those_of_the_page():
-    """Every number with decimals, and every percentage, between the README's marks is on the page, in the part that it names."""
-    readme = (DEV.parent / "README.md").read_text(encoding="utf-8")
-    shown = page.PAGE.read_text(encoding="utf-8")
-    spans = FIGURES.findall(readme)
-    named = [name for names, _ in spans for name in names.split(", ")]
-    assert {*named} >= {
+def test_figures_in_the_docs_are_those_of_the_benchmarks():
+    """Every number with decimals, and every percentage, between the marks of a page is in the part that it names."""
+    pages = [DEV.parent / "README.md", *(DEV.parent / "docs").glob("*.md")]
+    spans = [span for path in pages for span in FIGURES.findall(path.read_text(encoding="utf-8"))]
+    assert {name for names, _ in spans for name in names.split(", ")} >= {
         "tgate", "tgate-sdxl", "tgate-pixart", "tgate-auto", "pareto", "cache", "gradient", "maps", "maps-daam", "excite",
         "distill", "dit", "overhead",
     }  # fmt: skip
-    assert [name for name in named if page.part_of(shown, name) is None] == [], "docs/benchmarks.md has no such parts"
     for names, text in spans:
-        measured = "\n".join(page.part_of(shown, name) or "" for name in names.split(", "))
+        measured = "\n".join(measured_part(name) for name in names.split(", "))
         for number in re.findall(r"\d+\.\d+|\d+ %", text):
             assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", measured), f"{number} is not in the part {names}"
+
+
+def measured_part(name: str) -> str:
+    path = page.PAGES / f"{page.page_of(name)}.md"
+    part = page.part_of(path.read_text(encoding="utf-8"), name)
+    assert part is not None, f"{path.name} has no part {name}"
+    return part
