@@ -65,6 +65,7 @@ from .model_call import (
     with_wrapped_patches,
 )
 from .network_parts import attention_pytorch, optimized_attention, pad_to_patch_size, plain_operations
+from .node_text import NodeText
 from .patching import (
     GATE,
     ModelOptions,
@@ -129,6 +130,7 @@ __all__ = [
     "LIMITS_OF_A_WINDOW",
     "ModelOptions",
     "NodeCall",
+    "NodeText",
     "Progress",
     "StepClock",
     "TransformerOptions",

@@ -1,0 +1,102 @@
+// What a node did in a run, as the console says it, is shown on the node: reused steps, refinements, why something was skipped.
+//
+// The server (attention/host/node_text.py) sends `fovea.text` with the lines of one node. ComfyUI's own text below a node is
+// not enough: newer front ends take it away when the run ends, and it is lost for nodes in a subgraph that is not open.
+
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+
+const EVENT = "fovea.text";
+const WIDGET = "fovea_text";
+const LOOK = {
+  boxSizing: "border-box", padding: "4px 6px", font: "11px/1.4 sans-serif", color: "var(--input-text, #ddd)", opacity: "0.85",
+  whiteSpace: "pre-line", overflowWrap: "anywhere",
+};
+
+const known = new Map(); // id of a workflow -> (id of a node in a prompt -> message), for tabs that are opened again
+
+/** The same function, with its errors caught and logged. */
+function harmless(callback) {
+  return (...args) => {
+    try {
+      return callback(...args);
+    } catch (error) {
+      console.debug("Fovea: what a node did cannot be shown on it here.", error);
+      return undefined;
+    }
+  };
+}
+
+function rootGraph() {
+  return app.rootGraph ?? app.graph;
+}
+
+/** The node of an id such as "5", or "12:5" for node 5 in the subgraph of node 12. */
+function nodeOf(id) {
+  let graph = rootGraph();
+  let node = null;
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById?.(part) ?? graph?.getNodeById?.(Number(part)) ?? null;
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+// --- on the node ---------------------------------------------------------------------------------------------------
+
+let ruler = null;
+
+/** Height of a text in a node of this width. */
+function heightOf(text, width) {
+  if (!ruler) {
+    ruler = document.createElement("div");
+    Object.assign(ruler.style, LOOK, { position: "absolute", visibility: "hidden", left: "-9999px", top: "0" });
+    document.body.append(ruler);
+  }
+  ruler.style.width = `${Math.max(width - 30, 60)}px`;
+  if (ruler.textContent !== text) ruler.textContent = text;
+  return ruler.offsetHeight;
+}
+
+function addText(node) {
+  const element = document.createElement("div");
+  element.className = "fovea-text";
+  Object.assign(element.style, LOOK);
+  const height = () => heightOf(element.textContent, node.size[0]);
+  const options = { serialize: false, hideOnZoom: false, getValue: () => element.textContent, getMinHeight: height, getMaxHeight: height };
+  const widget = node.addDOMWidget(WIDGET, "fovea_text", element, options);
+  widget.serialize = false;
+  return widget;
+}
+
+function show({ node: id, kind, lines }) {
+  const node = nodeOf(id);
+  if (!node || (node.comfyClass ?? node.type) !== kind) return;
+  let widget = node.widgets?.find((each) => each.name === WIDGET);
+  if (!lines.length) {
+    if (widget) node.removeWidget(widget);
+  } else {
+    widget ??= addText(node);
+    widget.element.textContent = lines.join("\n");
+    node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+  }
+  app.graph?.setDirtyCanvas?.(true, true);
+}
+
+// --- messages ------------------------------------------------------------------------------------------------------
+
+function receive({ detail }) {
+  const here = rootGraph()?.id;
+  const workflow = detail.workflow ?? here;
+  if (!known.has(workflow)) known.set(workflow, new Map());
+  known.get(workflow).set(detail.node, detail);
+  if (workflow === here) show(detail);
+}
+
+app.registerExtension({
+  name: "fovea.nodeText",
+  setup: harmless(() => api.addEventListener(EVENT, harmless(receive))),
+  afterConfigureGraph: harmless(() => {
+    for (const message of known.get(rootGraph()?.id)?.values() ?? []) show(message);
+  }),
+});
