@@ -21,6 +21,7 @@ class AttnMapCapture(io.ComfyNode):
                 "Records where in the image the model attends to each word of the prompt, while any sampler runs. The image "
                 "does not change. Place it between the model and the sampler, and connect attn_maps to Attention Map Preview."
             ),
+            hidden=[io.Hidden.unique_id],
             search_aliases=["attention", "attention map", "heat map", "heatmap", "daam", "cross attention", "where words look"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to record."),
@@ -90,5 +91,5 @@ class AttnMapCapture(io.ComfyNode):
                 f"self_attention is off, but {type(model.model).__name__} has no text prompt, so there are no words to record. "
                 "Turn self_attention on."
             )
-        capture = Capture(settings, AttnMaps())
+        capture = Capture(settings, AttnMaps(), host.NodeText())
         return io.NodeOutput(host.attach(model, capture.key, capture), capture.maps)

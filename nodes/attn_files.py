@@ -14,7 +14,7 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 from safetensors import SafetensorError, safe_open
 
-from ..attention.host import log
+from ..attention.host import NodeText, log
 from ..attention.maps import AttnMaps
 from ..attention.maps.matching import maps_of_images
 from ._file_names import with_values
@@ -60,7 +60,9 @@ class FoveaSaveAttnMaps(io.ComfyNode):
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         comfy.utils.save_torch_file(tensors, str(path), metadata={**metadata, **cls._workflow()})
         log.info("Save Attention Maps: %s", path)
-        return io.NodeOutput(attn_maps, ui=ui.PreviewText(str(path.relative_to(_real(folder_paths.get_output_directory())))))
+        name = path.relative_to(_real(folder_paths.get_output_directory())).as_posix()
+        NodeText().show(f"output/{name}")
+        return io.NodeOutput(attn_maps, ui=ui.PreviewText(name))
 
     @classmethod
     def _workflow(cls) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..attention.host import log
+from ..attention.host import NodeText, log
 from ..attention.maps import AttnMaps
 from ..attention.maps.drawing.colormaps import Colormap
 from ..attention.maps.drawing.overlay import Style
@@ -230,8 +230,11 @@ class AttnMapPreview(io.ComfyNode):
         )
         shown = preview(attn_maps, images, request)
         pointing = pointing_data(shown.maps, prompt, clip, text, shown.drawn, shown.sources)
+        text = NodeText()
+        text.nothing()
         for note in shown.report["notes"]:
             log.info("Attention Map Preview: %s", note)
+            text.show(note)
         return io.NodeOutput(
             shown.images,
             shown.masks,

@@ -34,6 +34,7 @@ class AttendExciteGuider(io.ComfyNode):
                 "Gets every subject of the prompt into the image: in the early steps, which decide the layout, the latent is "
                 "nudged until each subject gets attention somewhere. Connect it to the guider input of SamplerCustomAdvanced."
             ),
+            hidden=[io.Hidden.unique_id],
             search_aliases=["attend and excite", "missing subject", "neglect", "catastrophic neglect", "two objects", "guider"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to guide. It needs a text prompt (SD1.5, SDXL, SD3, Flux, ...)."),

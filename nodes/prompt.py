@@ -7,9 +7,8 @@ import logging
 from comfy_api.latest import io
 
 from ..attention import prompts as tokens
+from ..attention.host import NodeText
 from ._schema import node_schema
-
-log = logging.getLogger("fovea")
 
 
 class FoveaPrompt(io.ComfyNode):
@@ -50,6 +49,9 @@ class FoveaPrompt(io.ComfyNode):
         plain, subjects = tokens.parse_subjects(text)
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(plain))
         known = tokens.metadata(clip, plain, subjects, conditioning[0][0].shape[1], conditioning[0][0])
+        text_on_node = NodeText()
         if "error" in known:
-            log.warning("Prompt with Subjects: %s", known["error"])
+            text_on_node.tell(f"Prompt with Subjects: {known['error']}", logging.WARNING)
+        else:
+            text_on_node.nothing()
         return io.NodeOutput([[encoded, {**options, tokens.METADATA: known}] for encoded, options in conditioning])

@@ -24,6 +24,7 @@ class TGateCache(io.ComfyNode):
                 "Makes sampling faster and keeps nearly the same image: once the composition is settled, attention to the "
                 "prompt is reused and the negative prompt is no longer computed. Place it between the model and the sampler."
             ),
+            hidden=[io.Hidden.unique_id],
             search_aliases=["t-gate", "tgate", "faster", "speed", "speed up", "cache", "accelerate", "skip cfg"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to speed up."),
@@ -179,6 +180,7 @@ class TGateCache(io.ComfyNode):
             full_at_end=full_at_end,
         )
         if gate_at == 1:
+            host.NodeText().tell("T-GATE: off, because gate_at is 1")
             return io.NodeOutput(host.detach(model, tgate.KEY))
         if not settings.drops_cfg and not tgate.reuses_attention(host.diffusion_model(model.model), settings):
             raise ValueError(

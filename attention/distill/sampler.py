@@ -146,12 +146,13 @@ def sample_distilled(
     if job.model is not guider.model_patcher:
         guider = copy.copy(guider)
         guider.model_patcher = job.model
+    text = host.NodeText()
     steps = max(len(sigmas) - 1, 0)
     optimises = job.settings.method is Method.OPTIMISE
     if not job.settings.chosen_steps(steps) and not (optimises and steps):
         report = DistillReport()
         output, denoised = host.sample_plainly(guider, noise, sampler, sigmas, latent)
-        log.info(report.summary(job))
+        text.tell(report.summary(job))
         return output, denoised, report.as_json(job)
     for line in [*job.costs, *_costs_of_windows(job, steps)]:
         log.info("Attention Distillation: %s.", line)
@@ -168,7 +169,7 @@ def sample_distilled(
         samples = host.sample(guider, noise, distillation.sampler, sigmas, latent, on_step)
     finally:
         progress.close()
-        log.info(distillation.report.summary(job))
+        text.tell(distillation.report.summary(job))
     output = {**latent, "samples": samples}
     if progress.denoised is None:
         return output, output, distillation.report.as_json(job)

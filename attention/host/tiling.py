@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from .log import log
+from .node_text import NodeText
 from .patching import attach, detach
 
 _KEY = "fovea.seamless"
@@ -85,13 +86,16 @@ class _Sizes:
     def __init__(self, edges: Edges, halvings: int) -> None:
         self.edges = edges
         self.halvings = halvings
+        self.text = NodeText()
 
     def outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
         running = executor.class_obj.model_patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, _KEY)  # may join fewer edges
         edges = running[0].__self__.edges if running else Edges(False, False)
         text = sizes_with_a_seam(edges, self.halvings, noise.shape[-2], noise.shape[-1])
         if text:
-            log.warning("Seamless Tiling: %s", text)
+            self.text.tell(f"Seamless Tiling: {text}", logging.WARNING)
+        else:
+            self.text.nothing()
         return executor(noise, *args, **kwargs)
 
 

@@ -70,10 +70,14 @@ class Capture:
     """Wrappers of one capture node. Holds settings and the handle to fill; a run's state lives in that run's options.
 
     Each has a key of its own, so that two capture nodes on one model both see the run.
+
+    Args:
+        text: where a node says what was recorded; None: in the log alone.
     """
 
-    def __init__(self, settings: CaptureSettings, maps: AttnMaps) -> None:
+    def __init__(self, settings: CaptureSettings, maps: AttnMaps, text: host.NodeText | None = None) -> None:
         self.settings = settings
+        self.text = text
         self.maps = maps
         self.key = f"{KEY}.{uuid4().hex}"
 
@@ -92,7 +96,10 @@ class Capture:
         recording.latent = LatentSize(height, width, host.pixels_per_latent(patcher), host.frames_per_latent(patcher))
         seed = args[3] if len(args) > 3 else kwargs.get("seed")
         self.maps.fill(Run(recording, start, end, seed, host.executing_node()), run.memory.limit)
-        log.info(run.summary())
+        if self.text is None:
+            log.info(run.summary())
+        else:
+            self.text.tell(run.summary())
         return result
 
     sampler_sample = staticmethod(follow_sampler)

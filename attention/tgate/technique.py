@@ -32,7 +32,7 @@ from uuid import UUID
 import torch
 
 from .. import host
-from ..host import ModelOptions, StepClock, TransformerOptions, follow_sampler, log, read_sigma
+from ..host import ModelOptions, StepClock, TransformerOptions, follow_sampler, read_sigma
 from ..networks.blocks import AttentionSite, Kind
 from .convergence import SETTLED
 from .evaluation import POSITIVE, EvaluationPlan, Situation, has_no_negative, plan_evaluation
@@ -52,6 +52,7 @@ class TGate:
 
     def __init__(self, settings: TGateSettings) -> None:
         self.settings = settings
+        self.text = host.NodeText()
 
     def outer_sample(
         self, executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any
@@ -65,7 +66,7 @@ class TGate:
             with host.run_scope(guider, KEY, run):
                 return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
-            log.info(run.summary())
+            self.text.tell(run.summary())
             run.release()
 
     sampler_sample = staticmethod(follow_sampler)
