@@ -31,25 +31,29 @@ class NodeText:
 
     def foretell(self, line: str) -> None:
         """Show on the node what a run is about to do, until the next ``tell``."""
-        self._show([*self._lines(), line])
+        self._send([*self._lines(), line])
 
     def tell(self, line: str, level: int = logging.INFO) -> None:
         """Log what was done, and show it on the node. Lines of several runs in one prompt stand below each other."""
         log.log(level, "%s", line)
+        self.show(line)
+
+    def show(self, line: str) -> None:
+        """Show a line on the node, below those of the same prompt."""
         lines = self._lines()
         lines.append(line)
-        self._show(lines)
+        self._send(lines)
 
     def nothing(self) -> None:
         """Take away what an earlier prompt has left on the node, where there is nothing to tell now."""
-        self._show(self._lines())
+        self._send(self._lines())
 
     def _lines(self) -> list[str]:
         """Return the lines of this node in the prompt that runs, which may be changed."""
         now = executing_node()
         return [] if now is None or self._node is None else _board.lines(now.prompt, self._node)
 
-    def _show(self, lines: list[str]) -> None:
+    def _send(self, lines: list[str]) -> None:
         now, server = executing_node(), _server()
         if self._node is None or now is None or server is None:
             return
