@@ -19,7 +19,7 @@ from host_inprocess import ROOT, load_pack
 from compatibility.tables import BUILD, Cell, Line, Outcome, Page, publish
 from compatibility.trial import Log, Trial, quiet
 
-PAGE = Page("matrix", ROOT / "README.md", "family")
+PAGE = Page("matrix", ROOT / "docs" / "compatibility.md", "family")
 
 
 # --- which families ----------------------------------------------------------------------------------------------------

@@ -5,10 +5,7 @@ The front end asks for `docs/<node>/<language>.md` and then for `docs/<node>.md`
 
 from __future__ import annotations
 
-import ast
 import json
-import re
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,8 @@ import host_inprocess
 import pytest
 from comfy_api.latest import io
 from host_server import PACK_FOLDER, HostServer
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
+from markdown_pages import Page, Text, parsed
+from quoted_messages import is_said
 
 pytestmark = pytest.mark.newest
 
@@ -36,85 +33,6 @@ WORDS = {"en": {"": "empty", True: "on", False: "off"}, "zh": {"": "空", True: 
 
 each_node = pytest.mark.parametrize("node", NODES)
 each_language = pytest.mark.parametrize("language", FILES)
-
-
-@dataclass(frozen=True)
-class Text:
-    """One paragraph, heading or cell: what is read, its code marks, and what it stresses."""
-
-    plain: str
-    codes: tuple[str, ...]
-    strong: tuple[str, ...]
-    italic: tuple[str, ...]
-    stars: bool  # a star that stresses nothing is shown as a star
-
-
-@dataclass(frozen=True)
-class Page:
-    headings: list[tuple[int, str]]
-    items: int
-    tables: list[list[list[Text]]]
-    texts: list[Text]
-    images: dict[str, str]  # what they show, by address
-
-    @property
-    def codes(self) -> set[str]:
-        return {code for text in self.texts for code in text.codes}
-
-    @property
-    def messages(self) -> list[str]:
-        """Quoted in bold: what a node says when something is wrong."""
-        return [each.strip('"') for text in self.texts for each in text.strong if each.startswith('"')]
-
-    @property
-    def italic(self) -> set[str]:
-        return {name for text in self.texts for name in text.italic}
-
-    @property
-    def numbers(self) -> set[str]:
-        return {number for text in self.texts for number in re.findall(r"\d+(?:\.\d+)?", text.plain)}
-
-
-def _text(inline: Token) -> Text:
-    stressed: dict[str, list[str]] = {"strong": [], "em": []}
-    open_marks: list[tuple[str, int]] = []
-    codes: list[str] = []
-    plain, stars = "", False
-    for child in inline.children or ():
-        kind, _, end = child.type.rpartition("_")
-        if kind in stressed and end == "open":
-            open_marks.append((kind, len(plain)))
-        elif kind in stressed and end == "close":
-            mark, start = open_marks.pop()
-            stressed[mark].append(plain[start:])
-        elif child.type == "softbreak":
-            plain += " "
-        else:
-            plain += child.content
-            stars |= child.type == "text" and "*" in child.content
-            codes += [child.content] if child.type == "code_inline" else []
-    return Text(plain, tuple(codes), tuple(stressed["strong"]), tuple(stressed["em"]), stars)
-
-
-@cache
-def parsed(path: Path) -> Page:
-    tokens = MarkdownIt("commonmark").enable("table").parse(path.read_text(encoding="utf-8"))
-    found = Page([], sum(token.type == "list_item_open" for token in tokens), [], [], {})
-    for before, token in zip(tokens, tokens[1:], strict=False):
-        if before.type == "table_open":
-            found.tables.append([])
-        elif before.type == "tr_open":
-            found.tables[-1].append([])
-        if token.type == "inline":
-            found.texts.append(_text(token))
-            found.images.update(
-                (str(child.attrs["src"]), child.content) for child in token.children or () if child.type == "image"
-            )
-            if before.type == "heading_open":
-                found.headings.append((int(before.tag[1]), found.texts[-1].plain))
-            elif before.type in ("th_open", "td_open"):
-                found.tables[-1][-1].append(found.texts[-1])
-    return found
 
 
 def _file(node: str, language: str) -> Path:
@@ -262,33 +180,7 @@ def test_a_translation_is_that_of_the_whole_page(node: str) -> None:
 # ------------------------------------------------------------------------------------------ what is quoted
 
 
-@cache
-def own_messages() -> list[str]:
-    """Every text in the pack's sources; what a run fills in is a null character."""
-    texts = []
-    for path in [*ROOT.glob("attention/**/*.py"), *ROOT.glob("nodes/*.py")]:
-        for found in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(found, ast.JoinedStr):
-                texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in found.values))
-            elif isinstance(found, ast.Constant) and isinstance(found.value, str):
-                texts.append(found.value)
-    return texts
-
-
 @each_node
 def test_quoted_messages_are_what_the_pack_says(node: str) -> None:
     for message in page(node, "en").messages:
-        pattern = re.compile(".*".join(re.escape(part.strip()) for part in message.split("...")), re.S)
-        assert any(pattern.search(text) for text in own_messages()), message
-
-
-def test_the_defaults_in_the_readme_are_those_of_the_nodes() -> None:
-    tables = [rows for rows in parsed(ROOT / "README.md").tables if [cell.plain for cell in rows[0][:2]] == ["input", "default"]]
-    assert tables
-    for _, *rows in tables:
-        ids = {code for row in rows for code in row[0].codes}
-        (node,) = [node for node in NODES if ids <= set(schema_inputs(node))]
-        inputs = schema_inputs(node)
-        for row in rows:
-            shown = row[1].plain.replace("at most ", "").replace("the brackets", WORDS["en"][""])
-            assert shown == ", ".join(str(default_text(node, inputs[code], "en")) for code in row[0].codes), row[0].codes
+        assert is_said(message), message
