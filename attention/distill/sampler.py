@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from .. import host
+from ..gradient.cost import prompts_of_a_step
 from ..host import log
+from .cost import cost_line
 from .job import DistillJob
 from .report import DistillReport
 from .run import DistillRun
@@ -122,6 +124,13 @@ def _seed_of_part(seed: int | None, part: int) -> int | None:
     return seed if seed is None or part == 0 else (seed + part * 0x9E3779B97F4A7C15) % 2**63
 
 
+def _cost_line(job: DistillJob, guider: Any, steps: int) -> str:
+    settings = job.settings
+    optimised, latents = len(settings.chosen_steps(steps)), len(job.references) + (job.content is not None)
+    prompts, windows = prompts_of_a_step(guider), len(job.windows)
+    return cost_line(settings.method, settings.memory, steps, optimised, job.iterations, windows, latents, prompts)
+
+
 def _costs_of_windows(job: DistillJob, steps: int) -> list[str]:
     count, settings = len(job.windows), job.settings
     if count == 1:
@@ -154,8 +163,10 @@ def sample_distilled(
         output, denoised = host.sample_plainly(guider, noise, sampler, sigmas, latent)
         text.tell(report.summary(job))
         return output, denoised, report.as_json(job)
-    for line in [*job.costs, *_costs_of_windows(job, steps)]:
+    costs = [*job.costs, *_costs_of_windows(job, steps)]
+    for line in costs:
         log.info("Attention Distillation: %s.", line)
+    text.foretell("; ".join([_cost_line(job, guider, steps), *costs]))
     ticks = Distillation.ticks(job, steps)
     show = host.preview_callback(guider.model_patcher, ticks)
     progress = host.Progress(ticks, preview=show, console="Attention Distillation" if host.shows_console_progress() else "")
