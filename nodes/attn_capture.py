@@ -21,7 +21,7 @@ class AttnMapCapture(io.ComfyNode):
                 "Records where in the image the model attends to each word of the prompt, while any sampler runs. The image "
                 "does not change. Place it between the model and the sampler, and connect attn_maps to Attention Map Preview."
             ),
-            hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # its text is its own, from the cache too
             search_aliases=["attention", "attention map", "heat map", "heatmap", "daam", "cross attention", "where words look"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to record."),

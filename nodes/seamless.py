@@ -33,7 +33,7 @@ class FoveaSeamless(io.ComfyNode):
                 "Makes the model sample images that tile without a seam: textures, patterns, wallpapers. For SD1.5, SD2 and "
                 "SDXL, with any sampler. Decode the latent with VAE Decode (Seamless)."
             ),
-            hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # its text is its own, from the cache too
             search_aliases=["seamless", "tileable", "tiling", "texture", "pattern", "circular padding", "wallpaper", "panorama"],
             inputs=[io.Model.Input("model", tooltip="The model to sample with: SD1.5, SD2 or SDXL."), _axis()],
             outputs=[

@@ -24,7 +24,7 @@ class TGateCache(io.ComfyNode):
                 "Makes sampling faster and keeps nearly the same image: once the composition is settled, attention to the "
                 "prompt is reused and the negative prompt is no longer computed. Place it between the model and the sampler."
             ),
-            hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # its text is its own, from the cache too
             search_aliases=["t-gate", "tgate", "faster", "speed", "speed up", "cache", "accelerate", "skip cfg"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to speed up."),

@@ -20,9 +20,9 @@ class NodeText:
     """The text on one node: the one that ComfyUI is running when this is made.
 
     A technique is attached by its own node and acts while a sampler's node runs, perhaps in a later prompt in which ComfyUI
-    takes the output of its own node from the cache. Such a node asks for ``unique_id``, so that what it gets from the cache is
-    always its own. Without a queue (scripts, tests), without a browser that waits for the prompt, and where the node is not in
-    the workflow that runs, there is only the log.
+    takes the output of its own node from the cache. Such a node is declared ``not_idempotent``, so that what it gets from the
+    cache is its own and never that of another node with the same settings. Without a queue (scripts, tests), without a browser
+    that waits for the prompt, and where the node is not in the workflow that runs, there is only the log.
     """
 
     def __init__(self) -> None:
