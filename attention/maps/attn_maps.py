@@ -21,6 +21,7 @@ from .aggregation import Size, aggregate, checked_index, checked_positions, list
 from .file_format import from_tensors, to_tensors
 from .recording import PromptMaps, Recording
 from .runs import KeptRuns, Run
+from .settings import NO_SELF_ATTENTION
 
 
 class AttnMaps:
@@ -215,7 +216,8 @@ class AttnMaps:
         maps = self.of(prompt, cond)
         if not maps.self_attention:
             raise ValueError(
-                "Self-attention was not recorded. Switch on 'self_attention' in Capture Attention Maps and sample again."
+                next((f"{note}. Choose another view." for note in self.notes if note.startswith(NO_SELF_ATTENTION)), "")
+                or "Self-attention was not recorded. Switch on 'self_attention' in Capture Attention Maps and sample again."
             )
         index = checked_index(batch, self.batch, "image")
         return on_canvas(looked_at(maps, index, x, y, frame), maps.area, self.grid, size)[0]

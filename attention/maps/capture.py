@@ -31,7 +31,7 @@ from .observer import ModelCall
 from .recorder import CaptureRun
 from .recording import LatentSize
 from .runs import Run
-from .settings import CaptureSettings
+from .settings import NO_SELF_ATTENTION, CaptureSettings
 
 KEY = "fovea.capture"
 _LEVELS = 1024  # side of a latent on which all levels of a U-Net differ
@@ -164,6 +164,9 @@ class Capture:
                 layers = chosen_layers(host.diffusion_model(model), self.settings.layers)
                 if not self.settings.self_attention:
                     layers = [layer for layer in layers if layer.kind != "self"]
+                elif layers and all(layer.kind == "cross" for layer in layers):
+                    network = type(host.diffusion_model(model)).__name__
+                    run.note(f"{NO_SELF_ATTENTION}: {network} computes it together with that of its pose video")
             run.layers[id(model)] = layers
             run.order = list(dict.fromkeys([*run.order, *(layer.name for layer in layers)]))
         return run.layers[id(model)]

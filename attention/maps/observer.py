@@ -186,7 +186,8 @@ class ModelCall:
     ) -> Placement | None:
         grid = self._grid(layer, inputs, shape, options)
         if grid is None or inputs.queries < math.prod(grid):
-            self._note_unplaced(layer)
+            if not (self.layout is not None and self.layout.guided):
+                self._note_unplaced(layer)
             return None
         if layer.kind == "joint":
             place = self._place_joint(inputs, grid)

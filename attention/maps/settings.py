@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+NO_SELF_ATTENTION = "Self-attention cannot be recorded"  # how the note begins that says why
+
 
 @dataclass(frozen=True)
 class CaptureSettings:

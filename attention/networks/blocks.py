@@ -26,23 +26,26 @@ class BlockLayout:
             (batch, tokens, channels) as its first argument.
         projection: name of the last layer of such a module; its output is the module's result.
         returns_tuple: the module returns ``(result,)``.
+        guided: it is also called for the tokens of a guide (a pose video), which are another number than the image's.
     """
 
     self_attention: tuple[str, ...]
     cross_attention: tuple[str, ...]
     projection: str
     returns_tuple: bool = False
+    guided: bool = False
 
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention module of a network."""
+    """One attention module of a network; ``returns_tuple`` and ``guided`` as in ``BlockLayout``."""
 
     name: str
     kind: Kind
     module: torch.nn.Module
     projection: torch.nn.Module
     returns_tuple: bool = False
+    guided: bool = False
 
     def result(self, output: torch.Tensor) -> Any:
         """Return ``output`` in the form in which the module returns it."""
@@ -58,6 +61,8 @@ _LAYOUTS: dict[str, BlockLayout | None] = {
     "comfy.ldm.wan.model.WanAttentionBlock": _WAN,
     "comfy.ldm.wan.model.VaceWanAttentionBlock": _WAN,
     "comfy.ldm.wan.model.WanAttentionBlockAudio": _WAN,
+    # Its self-attention is called in other ways than as a module, for each frame of the video.
+    "comfy.ldm.wan.model_animate2.WanAnimate2Block": BlockLayout((), ("cross_attn",), "o", guided=True),
     "comfy.ldm.wan.ar_model.CausalWanAttentionBlock": None,  # its attention writes a key/value cache that a skip would miss
     "comfy.ldm.lightricks.model.BasicTransformerBlock": BlockLayout(("attn1",), ("attn2",), "to_out"),  # LTX-Video
     "comfy.ldm.lightricks.av_model.BasicAVTransformerBlock": BlockLayout(
@@ -87,7 +92,8 @@ def attention_sites(network: torch.nn.Module) -> list[AttentionSite]:
                     continue
                 site_kind = actual_kind(block, name, kind)
                 projection = getattr(module, layout.projection)
-                sites.append(AttentionSite(f"{block_name}.{name}", site_kind, module, projection, layout.returns_tuple))
+                special = layout.returns_tuple, layout.guided
+                sites.append(AttentionSite(f"{block_name}.{name}", site_kind, module, projection, *special))
     return sites
 
 

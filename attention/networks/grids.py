@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch.nn.functional import interpolate
 
-from .table import NetworkLayout
+from .table import NetworkLayout, network_layout
 
 Grid = tuple[int, int, int]  # frames, height, width in tokens
 
@@ -30,6 +30,13 @@ def token_grid(network: torch.nn.Module, layout: NetworkLayout | None, latent: S
         length = getattr(network, "patch_temporal", None) or getattr(network, "patch_size_t", None) or 1
         return _patched(frames, height, width, (length, patch, patch))
     return _patched(frames, height, width, (1, 1, *patch)[-3:])
+
+
+def image_tokens(network: torch.nn.Module, latent: Sequence[int]) -> int | None:
+    """Return how many tokens of a transformer are the image's, for a latent as in ``token_grid``; None where it is not known."""
+    layout = network_layout(network)
+    grid = token_grid(network, layout, latent, 0) if layout is not None and layout.patch is not None else None
+    return None if grid is None else math.prod(grid)
 
 
 def layer_grid(network: torch.nn.Module, layout: NetworkLayout | None, name: str, latent: Sequence[int]) -> Grid | None:

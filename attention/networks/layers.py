@@ -33,10 +33,10 @@ class AttentionLayer:
 def check_differentiable(network: torch.nn.Module, technique: str) -> None:
     """Raises ``ValueError`` where ``technique`` needs a gradient and none can be taken through the network."""
     layout = network_layout(network)
-    if layout is not None and not layout.differentiable:
+    if layout is not None and layout.no_gradient:
         raise ValueError(
-            f"{technique} cannot work with {type(network).__name__}: this model keeps keys and values between its calls, so no "
-            "gradient can be taken through it. Use another model."
+            f"{technique} cannot work with {type(network).__name__}: this model {layout.no_gradient}, so no gradient can be "
+            "taken through it. Use another model."
         )
 
 

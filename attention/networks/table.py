@@ -41,7 +41,8 @@ class NetworkLayout:
         text: the argument with the text, where it is not the context.
         repeats_text: ComfyUI repeats a shorter prompt to the length of a longer one in the same batch.
         attention: the self- and cross-attention modules of a block, where T-GATE's table does not have them.
-        differentiable: a gradient can be taken through it; one that keeps keys and values between calls cannot.
+        no_gradient: what this model does so that no gradient can be taken through it; empty where one can.
+        guided: its blocks also attend for a guide (a pose video), whose tokens are fewer than the image's.
     """
 
     family: str
@@ -53,7 +54,8 @@ class NetworkLayout:
     text: str = "c_crossattn"
     repeats_text: bool = False
     attention: tuple[str, str] | None = None
-    differentiable: bool = True
+    no_gradient: str = ""
+    guided: bool = False
 
 
 _BLOCKS = (("blocks", "block"),)
@@ -98,6 +100,9 @@ _NETWORKS: dict[str, NetworkLayout | None] = {
     "comfy.ldm.wan.model.SCAIL2WanModel": _WAN,
     "comfy.ldm.wan.model_animate.AnimateWanModel": _WAN,
     "comfy.ldm.wan.model_wandancer.WanDancerModel": _WAN,
+    "comfy.ldm.wan.model_animate2.WanAnimate2Model": NetworkLayout(
+        "Wan", _BLOCKS, guided=True, no_gradient="writes the pose video's keys and values in place"
+    ),
     "comfy.ldm.wan.model.HumoWanModel": NetworkLayout("Wan", _BLOCKS),  # these two have the reference behind the image
     "comfy.ldm.wan.model.WanModel_S2V": NetworkLayout("Wan", _BLOCKS),
     "comfy.ldm.wan.ar_model.CausalWanModel": None,
@@ -118,7 +123,11 @@ _NETWORKS: dict[str, NetworkLayout | None] = {
     "comfy.ldm.cogvideo.model.CogVideoXTransformer3DModel": NetworkLayout("CogVideoX", _BLOCKS, text_first, repeats_text=True),
     "comfy.ldm.minimax.model.MiniMaxH3Model": NetworkLayout("MiniMax H3", _BLOCKS, image_last),
     "comfy.ldm.hidream_o1.model.HiDreamO1Transformer": NetworkLayout(
-        "HiDream-O1", (("language_model.layers", "block"),), cached_text_first, text="input_ids", differentiable=False
+        "HiDream-O1",
+        (("language_model.layers", "block"),),
+        cached_text_first,
+        text="input_ids",
+        no_gradient="keeps keys and values between its calls",
     ),
     "comfy.ldm.cosmos.model.GeneralDIT": NetworkLayout(
         "Cosmos 1", _BLOCKS, patch="patch_spatial", attention=("blocks.0.block.attn", "blocks.1.block.attn")

@@ -27,15 +27,18 @@ def attention_as(
     uuids: list[UUID],
     options: TransformerOptions,
     batch: int,
+    tokens: int | None = None,
 ) -> Iterator[None]:
     """Let each attention module do what ``actions`` says while the block lasts.
 
     Args:
         uuids: the conds of the model call, whose ``batch`` has an equal chunk for each.
+        tokens: of the image, where modules are also called for those of a guide.
     """
     with ExitStack() as stack:
         reusing = [site for site in sites if actions[site.kind] is Action.REUSE]
-        stack.enter_context(host.swapped_forward([(site.module, _reuse(site, run, call, uuids, options)) for site in reusing]))
+        forwards = [(site.module, _reuse(site, run, call, uuids, options, tokens)) for site in reusing]
+        stack.enter_context(host.swapped_forward(forwards))
         for site in sites:
             hook: Callable[..., None] | None = None
             if actions[site.kind] is Action.STORE:
@@ -45,12 +48,23 @@ def attention_as(
             elif site.kind == "cross" and run.measures:
                 hook = _measure(site, run, uuids)
             if hook is not None:
+                hook = _of_the_image(hook, tokens) if site.guided else hook
                 stack.callback(site.projection.register_forward_hook(hook).remove)
         yield
 
 
+def _of_the_image(hook: Callable[..., None], tokens: int | None) -> Callable[..., None]:
+    """Return a hook that leaves out calls for the tokens of a guide."""
+
+    def chosen(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        if output.shape[1] == tokens:
+            hook(module, inputs, output)
+
+    return chosen
+
+
 def _reuse(
-    site: AttentionSite, run: TGateRun, call: MainCall, uuids: list[UUID], options: TransformerOptions
+    site: AttentionSite, run: TGateRun, call: MainCall, uuids: list[UUID], options: TransformerOptions, tokens: int | None
 ) -> Callable[..., Any]:
     """Return a forward that returns the stored output instead of calling the attention module."""
     compute = site.module.forward
@@ -58,6 +72,8 @@ def _reuse(
     writable = host.has_output_patches(options)
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if site.guided and x.shape[1] != tokens:
+            return compute(x, *args, **kwargs)
         stored = run.cache.load(site.name, uuids, x, mean)
         if stored is not None:
             call.served[site.kind] += 1

@@ -34,6 +34,7 @@ import torch
 from .. import host
 from ..host import ModelOptions, StepClock, TransformerOptions, follow_sampler, read_sigma
 from ..networks.blocks import AttentionSite, Kind
+from ..networks.grids import image_tokens
 from .convergence import SETTLED
 from .evaluation import POSITIVE, EvaluationPlan, Situation, has_no_negative, plan_evaluation
 from .modules import attention_as
@@ -231,7 +232,9 @@ class TGate:
             host.move_easycache(options, uuids, call.active)
         if actions["cross"] is Action.REUSE:
             args = tuple(host.with_apply_model_options(args, host.without_replacements(options, "attn2")))
-        with attention_as(actions, sites, run, call, uuids, options, batch=args[0].shape[0]):
+        batch, guided = args[0].shape[0], any(site.guided for site in sites)
+        tokens = image_tokens(host.diffusion_model(executor.class_obj), args[0].shape) if guided else None
+        with attention_as(actions, sites, run, call, uuids, options, batch, tokens):
             return executor(*args, **kwargs)
 
     def _actions(

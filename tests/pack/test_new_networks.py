@@ -6,9 +6,10 @@ from importlib import import_module
 from typing import Any
 
 import pytest
-from compatibility.tables import WORDS, Cell, Outcome
+import torch
+from compatibility.tables import PLACES, WORDS, Cell, Outcome
 from compatibility.trial import Trial, quiet
-from families import FAMILIES
+from families import FAMILIES, sample
 
 pytestmark = pytest.mark.newest
 
@@ -44,3 +45,64 @@ def test_what_each_node_says_of_a_network_that_it_does_not_know(pack: Any, name:
         ("Attention Distillation", f"does not know where {cls}2 attends to the image"),
     ):
         assert cells[node].outcome is Outcome.REFUSED and said in cells[node].message, cells[node]
+
+
+def with_a_guide(network: Any) -> None:
+    """Let a Wan's blocks attend to the text for the tokens of a pose video first, as those of WAN Animate 2 do."""
+    from fovea_attention.attention.networks.blocks import BlockLayout
+    from fovea_attention.attention.networks.table import NetworkLayout
+
+    block_class, network_class = type(network.blocks[0]), type(network)
+
+    def forward(self: Any, x: Any, e: Any, freqs: Any, context: Any, **kwargs: Any) -> Any:
+        self.cross_attn(-x[:, :48], context, **kwargs)  # of 96
+        return block_class.forward(self, x, e, freqs, context, **kwargs)
+
+    layout = BlockLayout((), ("cross_attn",), "o", guided=True)
+    members = {"forward": forward, "block_layout": layout, "__module__": block_class.__module__}
+    for block in network.blocks:
+        block.__class__ = type("Block", (block_class,), members)
+    known = NetworkLayout("Wan", (("blocks", "block"),), guided=True, no_gradient="writes keys in place")
+    network.__class__ = type("Network", (network_class,), {"network_layout": known, "__module__": network_class.__module__})
+
+
+@pytest.mark.parametrize(
+    ("sampler", "settings"), [("euler", {}), ("euler", {"cfg_after_gate": "keep"}), ("heun", {"mode": "auto"})], ids=str
+)
+def test_what_a_network_computes_for_a_guide_is_neither_reused_nor_recorded(
+    node_classes: dict[str, Any], settings: dict[str, Any], sampler: str
+) -> None:
+    family, found = FAMILIES["wan_t2v"], []
+    for guided in (False, True):
+        model = family.build()
+        if guided:
+            with_a_guide(model.model.diffusion_model)
+        calls: list[int] = []
+        cross = model.model.diffusion_model.blocks[0].cross_attn.o
+        cross.register_forward_hook(lambda module, inputs, output, calls=calls: calls.append(output.shape[1]))
+        gated = node_classes["TGateCache"].execute(model, gate_at=0.5, **settings)[0]
+        seen, maps = node_classes["AttnMapCapture"].execute(gated).args
+        with quiet() as log:
+            image = sample(family, seen, steps=4, sampler=sampler)
+            said = next(line for line in log.lines if line.startswith("T-GATE"))
+        found.append((image, said, maps.of().layers, maps.notes, calls.count(96), calls.count(48)))
+    (plain, line, layers, notes, own, none), (image, other_line, other_layers, other_notes, other_own, guide) = found
+    assert torch.equal(image, plain) and other_line == line and "reused in 2 of 4" in line
+    assert other_notes == notes and other_layers.keys() == layers.keys()
+    assert all(torch.equal(other_layers[name].maps, layer.maps) for name, layer in layers.items())
+    assert other_own == own and none == 0 and guide > own  # the guide's own are computed in every step
+
+
+def test_a_network_with_a_guide_says_what_it_cannot_do(pack: Any) -> None:
+    family = FAMILIES["wan_t2v"]
+    model = family.build()
+    with_a_guide(model.model.diffusion_model)
+    with quiet() as log:
+        cells = Trial(family, model, log).cells()
+    assert cells["T-GATE Cache"] == Cell(Outcome.WORKS) and cells[WORDS] == Cell(Outcome.WORKS)
+    for node, reason in (
+        (PLACES, "Self-attention cannot be recorded: Network computes it together with that of its pose video"),
+        ("Attend-and-Excite", "this model writes keys in place, so no gradient can be taken through it"),
+        ("Attention Distillation", "does not know where Network attends to the image"),
+    ):
+        assert cells[node].outcome is Outcome.REFUSED and reason in cells[node].message, cells[node]
