@@ -25,12 +25,13 @@ class AttnMapCapture(io.ComfyNode):
             search_aliases=["attention", "attention map", "heat map", "heatmap", "daam", "cross attention", "where words look"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to record."),
-                io.String.Input(
-                    "layers",
-                    default="",
-                    tooltip="Which layers to record, for example: input.4, middle, output.3-5 (U-Net) or double.0-7, single.3 "
-                    "(Flux) or block.5. Empty records the usual ones: all except the middle block of a U-Net. A wrong name "
-                    "gives an error that lists the valid ones.",
+                advanced(
+                    io.String.Input(
+                        "layers",
+                        default="",
+                        tooltip="Which layers to record, such as input.4, output.3-5 or double.0-7. Empty: the usual ones. A "
+                        "wrong name gives an error that lists the valid ones.",
+                    )
                 ),
                 io.Boolean.Input(
                     "per_step",

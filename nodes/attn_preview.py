@@ -53,30 +53,33 @@ class AttnMapPreview(io.ComfyNode):
                 io.String.Input(
                     "words",
                     default="",
-                    tooltip="Words or phrases of the prompt, separated by commas: cat, red frog. cat#2 is the second cat, "
-                    "cat + dog both, cat - eyes the cat without its eyes; <start> and <end> are the tokens around the prompt. "
-                    "Empty: the subjects marked in Prompt with Subjects, or every word if none is marked.",
+                    tooltip="What to show: words or phrases of the prompt, separated by commas, such as cat, red frog. cat#2 is "
+                    "the second cat, cat + dog both, cat - eyes the cat without its eyes. Empty: the subjects in square "
+                    "brackets, or every word.",
                 ),
                 io.Combo.Input(
                     "view",
                     options=_values(View),
                     default=View.OVERLAY.value,
-                    tooltip="overlay: a heat map over the image for each word. steps: the maps of each step. layers: the maps "
-                    "of each layer. self-attention: what belongs to one point. convergence: when the map of each word settles. "
-                    "segments: each area in the colour of its strongest word.",
+                    tooltip="overlay: a heat map for each word. steps, layers: one for each of them. self-attention: what "
+                    "belongs to one point. convergence: when each word settles. segments: the strongest word of each place.",
                 ),
-                io.Combo.Input(
-                    "prompt",
-                    options=["positive", "negative"],
-                    default="positive",
-                    tooltip="The prompt whose words are shown. The negative prompt is only computed when cfg is not 1.",
+                advanced(
+                    io.Combo.Input(
+                        "prompt",
+                        options=["positive", "negative"],
+                        default="positive",
+                        tooltip="The prompt whose words are shown. The negative prompt is only computed when cfg is not 1.",
+                    )
                 ),
-                io.Combo.Input(
-                    "normalize",
-                    options=_values(Normalize),
-                    default=Normalize.EACH.value,
-                    tooltip="What the strongest colour, and white in a mask, stands for. each word: the maximum of that word. "
-                    "all words: the maximum of all words, so that they can be compared. none: an attention of 1; usually dark.",
+                advanced(
+                    io.Combo.Input(
+                        "normalize",
+                        options=_values(Normalize),
+                        default=Normalize.EACH.value,
+                        tooltip="What the strongest colour, and white in a mask, stands for. each word: its own maximum. all "
+                        "words: the maximum of all, so that they can be compared. none: an attention of 1; usually dark.",
+                    )
                 ),
                 io.Float.Input(
                     "threshold",
@@ -95,11 +98,13 @@ class AttnMapPreview(io.ComfyNode):
                     step=0.01,
                     tooltip="Opacity of the heat map. 0 shows only the image, 1 only the heat map.",
                 ),
-                io.Combo.Input(
-                    "colormap",
-                    options=_values(Colormap),
-                    default=Colormap.TURBO.value,
-                    tooltip="Colours of the heat map. viridis and gray are also easy to read with colour blindness.",
+                advanced(
+                    io.Combo.Input(
+                        "colormap",
+                        options=_values(Colormap),
+                        default=Colormap.TURBO.value,
+                        tooltip="Colours of the heat map. viridis and gray are also easy to read with colour blindness.",
+                    )
                 ),
                 advanced(
                     io.Float.Input(
@@ -126,12 +131,14 @@ class AttnMapPreview(io.ComfyNode):
                     optional=True,
                     tooltip="Only for prompts not encoded by Prompt with Subjects: the text encoder that was used.",
                 ),
-                io.String.Input(
-                    "text",
-                    default="",
-                    multiline=True,
-                    optional=True,
-                    tooltip="Only with clip: the prompt, exactly as it was encoded.",
+                advanced(
+                    io.String.Input(
+                        "text",
+                        default="",
+                        multiline=True,
+                        optional=True,
+                        tooltip="Only with clip: the prompt, exactly as it was encoded.",
+                    )
                 ),
                 io.Latent.Input(
                     "latent",

@@ -70,12 +70,14 @@ class DiTLoader(io.ComfyNode):
                     "from the training settings in the file or from a file name that starts with SiT, and otherwise uses "
                     "epsilon.",
                 ),
-                io.Combo.Input(
-                    "cfg_channels",
-                    options=list(_CFG_CHANNELS),
-                    default=next(iter(_CFG_CHANNELS)),
-                    tooltip="How many of the 4 latent channels CFG is applied to. The published results use 3; with 4, as in "
-                    "diffusers, the same cfg is slightly stronger. Models with other latents use all channels.",
+                advanced(
+                    io.Combo.Input(
+                        "cfg_channels",
+                        options=list(_CFG_CHANNELS),
+                        default=next(iter(_CFG_CHANNELS)),
+                        tooltip="How many of the 4 latent channels CFG is applied to. The published results use 3; with 4, as in "
+                        "diffusers, the same cfg is slightly stronger. Models with other latents use all channels.",
+                    )
                 ),
                 advanced(
                     io.Combo.Input(

@@ -44,13 +44,15 @@ class TGateCache(io.ComfyNode):
                     tooltip="What happens to the negative prompt after the gate. Dropping it gives most of the speed-up. "
                     "'keep' leaves CFG on and only reuses attention. Use 'as published' to compare with the paper.",
                 ),
-                io.Int.Input(
-                    "sp_interval",
-                    default=5,
-                    min=1,
-                    max=100,
-                    tooltip="Before the gate, self-attention is computed only every N steps. Higher is slightly faster; 1 "
-                    "computes it in every step (T-GATE v1) and stays closer to the image without T-GATE.",
+                advanced(
+                    io.Int.Input(
+                        "sp_interval",
+                        default=5,
+                        min=1,
+                        max=100,
+                        tooltip="Before the gate, self-attention is computed only every N steps. Higher is slightly faster; 1 "
+                        "computes it in every step (T-GATE v1) and stays closer to the image without T-GATE.",
+                    )
                 ),
                 advanced(
                     io.Int.Input(
