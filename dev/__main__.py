@@ -31,6 +31,7 @@ SCRIPTS = {
     "neighbours": "compatibility/other_nodes.py",
     "soak": "compatibility/soak.py",
     "api": "compatibility/api.py",
+    "gpu": "gpu/report.py",
     "thumbnails": "workflows/thumbnails.py",
     "screenshots": "browser/screenshots.py",
 }
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("beside", aliases=["neighbours"], parents=[host], add_help=False, help=beside)
     add("soak", parents=[host], add_help=False, help="run hundreds of prompts on one server: does anything grow? soak --help")
     add("api", parents=[host], add_help=False, help="does a ComfyUI have every name that the pack uses? api --help")
+    add("gpu", parents=[host], add_help=False, help="is the pack right and fast on this machine's GPU? one report; gpu --help")
     add("thumbnails", parents=[host], help="put the workflows and their images together again, after one of them changed")
     add("screenshots", parents=[host], help="take the screenshots of docs/screenshots again, with Chromium")
     add("check", parents=[host], help="run ruff and mypy only")

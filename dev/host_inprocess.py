@@ -50,6 +50,34 @@ def start_host(path: str | os.PathLike[str] | None = None, *, cpu: bool | None =
     return host
 
 
+def begin_dynamic_vram() -> bool:
+    """Do what ComfyUI's ``main.py`` does (0.30.0) to stream weights on demand; return whether it does so here."""
+    if importlib.util.find_spec("comfy_aimdo") is None:
+        return False
+    import comfy.cli_args
+    import comfy.model_management as management
+
+    wants = getattr(comfy.cli_args, "enables_dynamic_vram", None)
+    if wants is None or not wants() or not management.is_nvidia() or management.is_wsl():
+        return False
+    import comfy.memory_management
+    import comfy.model_patcher
+    import comfy_aimdo.control
+
+    comfy_aimdo.control.init()
+    if not comfy_aimdo.control.init_devices([(device.index, 0) for device in management.get_all_torch_devices()]):
+        return False
+    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+    comfy.memory_management.aimdo_enabled = True
+    return True
+
+
+def dynamic_vram() -> bool:
+    """Return whether ComfyUI streams weights on demand in this process."""
+    found = sys.modules.get("comfy.memory_management")
+    return bool(getattr(found, "aimdo_enabled", False))
+
+
 def _load_folder(module_name: str, folder: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(module_name, folder / "__init__.py", submodule_search_locations=[str(folder)])
     assert spec is not None and spec.loader is not None

@@ -6,7 +6,8 @@ A GPU that waits for Python is not slowed by multiply-accumulates. The same faul
 SDXL's layout with 32 channels, where an operation costs what its dispatch costs. Compared are: one gradient of a loss on
 attention and plain autograd through the same network; Attend-and-Excite and diffusers' pipeline; an iteration of Attention
 Distillation and a plain restatement; sampling with maps captured, with T-GATE and without either. Time is the one thread's
-own work. Python calls are all that the profiler sees in one pass, torch's operations those that reach its dispatcher.
+own work, or the device's where there is one. Python calls are all that the profiler sees in one pass, torch's operations those
+that reach its dispatcher.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import distill, excite, gradient
 from bench.measure import SAME_KERNEL, Moment, Timings, add_run_arguments, machine, now, publish, ratios, start, table, take_turns
-from bench.models import CFG, CPU, TINY, UNETS, Shape, Target, host_network, inputs_of_a_run, random_tensor, tiny
+from bench.models import CFG, TINY, UNETS, Shape, Target, host_network, inputs_of_a_run, random_tensor, tiny
 
 SIZE, STEPS = 128, 10
 PARTS = ("gradient", "excite", "distill", "maps", "tgate")
@@ -211,7 +212,10 @@ def tgate_part(name: str, shape: Shape, pairs: int, target: Target) -> str:
 # --- the report -------------------------------------------------------------------------------------------------------------
 
 
-def written_parts(parts: Sequence[str], shapes: Sequence[str], pairs: int, target: Target) -> list[str]:
+def written_parts(
+    parts: Sequence[str], shapes: Sequence[str], pairs: int, target: Target, keep: Callable[[list[str]], None] = lambda _: None
+) -> list[str]:
+    """Return the report's parts; ``keep`` is given those that there are, as soon as there is one more."""
     by_shape = {"gradient": gradient_part, "maps": maps_part, "tgate": tgate_part}
     once = {"excite": excite_part, "distill": distill_part}
     written = []
@@ -222,6 +226,7 @@ def written_parts(parts: Sequence[str], shapes: Sequence[str], pairs: int, targe
             for shape in (tiny(UNETS[name]) for name in shapes):
                 written.append(by_shape[part](f"{shape.layout}'s layout", shape, pairs, target))
         print(written[-1], flush=True)
+        keep(written)
     return written
 
 
@@ -232,13 +237,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     add_run_arguments(parser)
     args = parser.parse_args(argv)
-    args.threads, Moment.clock = 1, staticmethod(time.thread_time)
+    args.threads = 1
     start(args, SAME_KERNEL)
-    heading = f"## Where launches decide\n\nMeasured on: {machine(CPU)}."
+    target = Target.here()
+    heading = f"## Where launches decide\n\nMeasured on: {machine(target)}."
     settings = (
         f"Networks of {TINY.channels} channels, {SIZE} px, {STEPS} steps. Medians of {args.pairs} turns (lowest to highest)."
     )
-    publish("\n\n".join([heading, settings, *written_parts(args.parts, args.shapes, args.pairs, CPU)]), args.out)
+
+    def text(written: Sequence[str]) -> str:
+        return "\n\n".join([heading, settings, *written])
+
+    def keep(written: Sequence[str]) -> None:
+        if args.out:
+            args.out.write_text(text(written) + "\n")
+
+    usual, Moment.clock = Moment.clock, staticmethod(time.thread_time)
+    try:
+        written = written_parts(args.parts, args.shapes, args.pairs, target, keep)
+    finally:
+        Moment.clock = staticmethod(usual)
+    publish(text(written), args.out)
 
 
 if __name__ == "__main__":

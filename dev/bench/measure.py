@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -191,8 +192,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def start(args: argparse.Namespace, host_argv: tuple[str, ...] = ()) -> None:
-    """Start ComfyUI in this process, without progress bars, on so many threads."""
-    start_host(argv=host_argv)
+    """Start ComfyUI in this process, unless it runs there, without progress bars, on so many threads."""
+    if "comfy" not in sys.modules:
+        start_host(argv=host_argv)
     import comfy.utils
 
     comfy.utils.set_progress_bar_enabled(False)

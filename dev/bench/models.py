@@ -78,7 +78,7 @@ class Shape:
 
     @property
     def title(self) -> str:
-        return f"{self.layout}-shaped {'transformer' if self.layout == 'PixArt' else 'U-Net'}"
+        return f"{self.layout}-shaped {'U-Net' if self.layout in ('SD1.5', 'SDXL') else 'transformer'}"
 
     def side(self, wanted: int) -> int:
         """Return the pixels of an image's side: as wanted, where the network can do that."""
@@ -92,6 +92,7 @@ def tiny(shape: Shape) -> Shape:
 SD15 = Shape("SD1.5", 320, 768)
 SDXL = Shape("SDXL", 320, 2048, 1280)
 PIXART = Shape("PixArt", 1152, 4096, least=320)  # below, ComfyUI divides by 0
+WAN = Shape("Wan", 1536, 4096)  # as its smallest model, 1.3B
 UNETS = {"sd15": SD15, "sdxl": SDXL}
 SHAPES = {**UNETS, "pixart": PIXART}
 TINY = tiny(SD15)  # to try a benchmark itself
@@ -117,8 +118,12 @@ _LAYOUTS: dict[str, dict[str, Any]] = {
         "image_model": "pixart_alpha", "input_size": 64, "patch_size": 2, "in_channels": 4, "depth": 28, "num_heads": 16,
         "model_max_length": 120, "micro_condition": False, "pe_interpolation": 1,
     },
+    "Wan": {
+        "image_model": "wan2.1", "model_type": "t2v", "patch_size": (1, 2, 2), "text_len": TOKENS, "in_dim": 16, "out_dim": 16,
+        "freq_dim": 256, "num_layers": 30,
+    },
 }  # fmt: skip
-_KINDS = {"SD1.5": "SD15", "SDXL": "SDXL", "PixArt": "PixArtAlpha"}  # ComfyUI's
+_KINDS = {"SD1.5": "SD15", "SDXL": "SDXL", "PixArt": "PixArtAlpha", "Wan": "WAN21_T2V"}  # ComfyUI's
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
@@ -144,6 +149,9 @@ def host_network(shape: Shape = SD15, target: Target = CPU) -> Any:
     width = {"model_channels": shape.channels, "context_dim": shape.context}
     if shape.layout == "PixArt":
         width = {"hidden_size": shape.channels, "caption_channels": shape.context}
+    if shape.layout == "Wan":
+        heads, inner = max(shape.channels // 128, 1), shape.channels * 35 // 6
+        width = {"dim": shape.channels, "ffn_dim": inner, "num_heads": heads, "text_dim": shape.context}
     kind = getattr(comfy.supported_models, _KINDS[shape.layout])
     config = {**_LAYOUTS[shape.layout], **width, "dtype": target.dtype}
     model = kind(config).get_model({}, device=target.device)
