@@ -5,8 +5,8 @@ from .attn_files import FoveaLoadAttnMaps, FoveaSaveAttnMaps
 from .attn_preview import AttnMapPreview
 from .distill import AttentionDistillSampler
 from .dit import DiTClassLabel, DiTLoader, DiTSampler
-from .excite import AttendExciteGuider
-from .prompt import FoveaPrompt
+from .excite import AttendExciteGuider, FoveaAttendExcite
+from .prompt import FoveaPrompt, FoveaPromptSDXL
 from .seamless import (
     FoveaSeamless,
     FoveaSeamlessDecode,
@@ -19,6 +19,7 @@ from .tgate import TGateCache
 
 NODES = [
     FoveaPrompt,
+    FoveaPromptSDXL,
     TGateCache,
     AttnMapCapture,
     AttnMapPreview,
@@ -28,6 +29,7 @@ NODES = [
     DiTClassLabel,
     DiTSampler,
     AttendExciteGuider,
+    FoveaAttendExcite,
     AttentionDistillSampler,
     FoveaSeamless,
     FoveaSeamlessDecode,

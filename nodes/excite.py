@@ -1,4 +1,4 @@
-"""The ``AttendExciteGuider`` node."""
+"""The nodes of Attend-and-Excite: ``AttendExciteGuider`` and ``FoveaAttendExcite``."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from comfy_api.latest import io
 from ..attention import host
 from ..attention.excite import (
     ExciteGuider,
-    ExciteSettings,
+    ExciteTechnique,
     Loss,
-    LossSettings,
     check_network,
+    check_subjects,
     guided_names,
     guided_prompts,
-    parse_thresholds,
 )
 from ..attention.gradient import Memory
 from ..attention.maps import AttnMaps, Capture
 from ..attention.maps.capture import CaptureSettings
-from ._schema import advanced, node_schema
+from ._excite import excite_settings, guidance_inputs
+from ._schema import node_schema
 from ._types import AttnMapsSocket
 
 
@@ -34,7 +34,7 @@ class AttendExciteGuider(io.ComfyNode):
                 "Gets every subject of the prompt into the image: in the early steps, which decide the layout, the latent is "
                 "nudged until each subject gets attention somewhere. Connect it to the guider input of SamplerCustomAdvanced."
             ),
-            hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # its text is its own, from the cache too
             search_aliases=["attend and excite", "missing subject", "neglect", "catastrophic neglect", "two objects", "guider"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to guide. It needs a text prompt (SD1.5, SDXL, SD3, Flux, ...)."),
@@ -45,138 +45,15 @@ class AttendExciteGuider(io.ComfyNode):
                 ),
                 io.Conditioning.Input("negative", tooltip="The negative prompt."),
                 io.Float.Input(
-                    "cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="Strength of the prompt, as in KSampler."
-                ),
-                io.String.Input(
-                    "subjects",
-                    default="",
-                    tooltip="Words of the prompt that must appear in the image, separated by commas: cat, red frog. Empty: the "
-                    "words in square brackets in 'Prompt with Subjects'. Token positions such as 2, 5 work too.",
-                ),
-                io.Float.Input(
-                    "guide_until",
-                    default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Fraction of the steps that are guided. The layout is decided early; higher values cost time and "
-                    "may harm detail. 0 leaves only the refinements at the thresholds.",
-                ),
-                io.Float.Input(
-                    "scale_factor",
-                    default=20.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.5,
-                    tooltip="Strength of each nudge. Raise it if a subject is still missing, lower it if the image breaks.",
-                ),
-                advanced(
-                    io.Float.Input(
-                        "scale_end",
-                        default=0.5,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="Fraction of scale_factor that is left at the last step (under a square root).",
-                    )
-                ),
-                advanced(
-                    io.String.Input(
-                        "thresholds",
-                        default="0:0.05, 0.2:0.5, 0.4:0.8",
-                        tooltip="Pairs of fraction:strength, separated by commas: at this fraction of the steps, the latent is "
-                        "nudged until every subject is this strong. Empty: never more than one nudge per step, which is faster.",
-                    )
-                ),
-                advanced(
-                    io.Int.Input(
-                        "max_refinements",
-                        default=20,
-                        min=0,
-                        max=1000,
-                        tooltip="Maximum number of nudges at one threshold. Lower is faster.",
-                    )
-                ),
-                advanced(
-                    io.Int.Input(
-                        "attention_grid",
-                        default=0,
-                        min=0,
-                        max=256,
-                        tooltip="Resolution at which attention is read: tokens along the longer side. 0: a quarter of the "
-                        "latent's longer side, as published (16 for SD1.5 at 512 px).",
-                    )
-                ),
-                advanced(
-                    io.Boolean.Input(
-                        "smoothing",
-                        default=True,
-                        tooltip="Smooth the attention maps, so that a subject is more than a single dot.",
-                    )
-                ),
-                advanced(
-                    io.Float.Input(
-                        "sigma", default=0.5, min=0.01, max=10.0, step=0.01, tooltip="Width of the smoothing, in tokens."
-                    )
-                ),
-                advanced(
-                    io.Int.Input(
-                        "kernel_size", default=3, min=1, max=31, step=2, tooltip="Size of the smoothing kernel; must be odd."
-                    )
-                ),
-                io.Combo.Input(
-                    "loss",
-                    options=[loss.value for loss in Loss],
-                    default=Loss.ATTEND_EXCITE.value,
-                    tooltip="attend-and-excite: strengthens the peak of the weakest subject. divide-and-bind: raises the "
-                    "contrast of its map, which helps with several subjects of one kind.",
-                ),
-                io.Float.Input(
-                    "overlap",
-                    default=0.0,
+                    "cfg",
+                    default=7.5,
                     min=0.0,
                     max=100.0,
-                    step=0.05,
-                    tooltip="Also keeps subjects apart: weight of the penalty on overlapping maps. Try 1 if two subjects merge "
-                    "into one.",
+                    step=0.1,
+                    tooltip="Strength of the prompt, as in KSampler. Use 1 with models whose guidance is built in (Flux dev, "
+                    "distilled models).",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "self_overlap",
-                        default=0.0,
-                        min=0.0,
-                        max=100.0,
-                        step=0.05,
-                        tooltip="Also keeps apart what the areas of the subjects attend to (self-attention). Helps with "
-                        "similar subjects and takes extra time.",
-                    )
-                ),
-                io.Combo.Input(
-                    "memory",
-                    options=[memory.value for memory in Memory],
-                    default=Memory.AUTO.value,
-                    tooltip="fast keeps everything for the backward pass. low recomputes blocks, one image at a time: slower, "
-                    "with a fraction of the memory. auto decides by the free memory.",
-                ),
-                io.Clip.Input(
-                    "clip", optional=True, tooltip="Only for prompts from other encoders: the text encoder that was used."
-                ),
-                io.String.Input(
-                    "text",
-                    optional=True,
-                    multiline=True,
-                    default="",
-                    tooltip="Only for prompts from other encoders: the positive prompt, exactly as it was encoded.",
-                ),
-                advanced(
-                    io.String.Input(
-                        "layers",
-                        optional=True,
-                        default="",
-                        tooltip="Which cross-attention layers are read, for example: output, or output.3-5. Empty: all layers "
-                        "of the attention grid, as published.",
-                    )
-                ),
+                *guidance_inputs(),
             ],
             outputs=[
                 io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced or Attention Distillation Sampler."),
@@ -212,17 +89,10 @@ class AttendExciteGuider(io.ComfyNode):
         text: str = "",
         layers: str = "",
     ) -> io.NodeOutput:
-        settings = ExciteSettings(
-            guide_until=guide_until,
-            scale_factor=scale_factor,
-            scale_end=scale_end,
-            thresholds=parse_thresholds(thresholds),
-            max_refinements=max_refinements,
-            attention_grid=attention_grid,
-            losses=LossSettings(Loss(loss), smoothing, sigma, kernel_size, overlap, self_overlap),
-            memory=Memory(memory),
-            layers=layers,
-        )
+        settings = excite_settings(
+            guide_until, scale_factor, scale_end, thresholds, max_refinements, attention_grid, smoothing, sigma, kernel_size,
+            loss, overlap, self_overlap, memory, layers,
+        )  # fmt: skip
         network = host.diffusion_model(model.model)
         check_network(network)
         prompts = guided_prompts(positive, subjects, clip, text)
@@ -231,3 +101,61 @@ class AttendExciteGuider(io.ComfyNode):
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         return io.NodeOutput(guider, capture.maps)
+
+
+class FoveaAttendExcite(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "FoveaAttendExcite",
+            display_name="Attend-and-Excite (Model)",
+            description=(
+                "Gets every subject of the prompt into the image, with KSampler and all other sampler nodes: in the early steps, "
+                "the latent is nudged until each subject gets attention somewhere. Connect it between model and sampler."
+            ),
+            not_idempotent=True,  # its text is its own, from the cache too
+            search_aliases=["attend and excite", "missing subject", "neglect", "catastrophic neglect", "two objects", "ksampler"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to guide. It needs a text prompt (SD1.5, SDXL, SD3, Flux, ...)."),
+                *guidance_inputs(),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="The model for KSampler or any other sampler node. Each run with it is guided by the subjects of "
+                    "its own positive prompt.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        subjects: str = "",
+        guide_until: float = 0.5,
+        scale_factor: float = 20.0,
+        scale_end: float = 0.5,
+        thresholds: str = "0:0.05, 0.2:0.5, 0.4:0.8",
+        max_refinements: int = 20,
+        attention_grid: int = 0,
+        smoothing: bool = True,
+        sigma: float = 0.5,
+        kernel_size: int = 3,
+        loss: str = Loss.ATTEND_EXCITE.value,
+        overlap: float = 0.0,
+        self_overlap: float = 0.0,
+        memory: str = Memory.AUTO.value,
+        clip: Any = None,
+        text: str = "",
+        layers: str = "",
+    ) -> io.NodeOutput:
+        settings = excite_settings(
+            guide_until, scale_factor, scale_end, thresholds, max_refinements, attention_grid, smoothing, sigma, kernel_size,
+            loss, overlap, self_overlap, memory, layers,
+        )  # fmt: skip
+        network = host.diffusion_model(model.model)
+        check_network(network)
+        check_subjects(subjects)
+        guided_names(network, settings)
+        return io.NodeOutput(host.attach(model, ExciteTechnique.key, ExciteTechnique(settings, subjects, clip, text)))

@@ -6,18 +6,21 @@ from .losses import Loss, LossSettings
 from .objective import ExciteObjective
 from .run import ExciteRun
 from .settings import ExciteSettings, parse_thresholds
-from .subjects import GuidedPrompt, Subject, guided_prompts
+from .subjects import GuidedPrompt, Subject, check_subjects, guided_prompts
+from .technique import ExciteTechnique
 
 __all__ = [
     "ExciteGuider",
     "ExciteObjective",
     "ExciteRun",
     "ExciteSettings",
+    "ExciteTechnique",
     "GuidedPrompt",
     "Loss",
     "LossSettings",
     "Subject",
     "check_network",
+    "check_subjects",
     "guided_layers",
     "guided_names",
     "guided_prompts",

@@ -65,6 +65,11 @@ def guided_prompts(conditioning: Sequence[Any], subjects: str, clip: Any = None,
     ]
 
 
+def check_subjects(subjects: str) -> None:
+    """Raise ``ValueError`` where a list of subjects cannot be read, whatever the prompt is."""
+    parse_token_groups(_wanted(subjects))
+
+
 def _wanted(subjects: str) -> list[str]:
     try:
         return parse_word_list(subjects)

@@ -150,10 +150,12 @@ def schedule_key(base_model: Any, sigma: float) -> tuple[float, float]:
     return float(sampling.timestep(on_device)), float(input_scale(base_model, level))
 
 
-# On a guider: why its latent must be evaluated whole, "Attend-and-Excite, which ...".
+# On a guider or a technique: why the latent must be evaluated whole, "Attend-and-Excite, which ...".
 WHOLE_LATENT = "fovea_whole_latent"
 
 
 def needs_whole_latent(guider: Any) -> str | None:
-    """Return why a guider's latent must not be cut into windows, or None where it may."""
-    return getattr(guider, WHOLE_LATENT, None)
+    """Return why a guider's latent must not be cut into windows, for itself or for what its MODEL carries; None where it may."""
+    wrappers = guider.model_patcher.get_all_wrappers(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE)
+    owners = [guider, *(getattr(wrapper, "__self__", None) for wrapper in wrappers)]
+    return next((reason for owner in owners if (reason := getattr(owner, WHOLE_LATENT, None))), None)

@@ -5,6 +5,7 @@ from .encoder_rows import UnknownEncoder
 from .syntax import parse_subjects
 from .token_map import Token, TokenMap, WordTokens
 from .tokenizing import tokenize
+from .two_texts import encode_two_texts
 from .word_list import parse_token_groups, parse_word_list
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "TokenMap",
     "UnknownEncoder",
     "WordTokens",
+    "encode_two_texts",
     "encoded_fingerprint",
     "known_metadata",
     "metadata",

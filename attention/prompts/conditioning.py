@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
@@ -33,16 +33,18 @@ class PromptInfo:
 
 
 def metadata(
-    clip: Any, text: str, subjects: Sequence[Span], conditioning_length: int, rows: Tensor | None = None
-) -> dict[str, Any]:
+    clip: Any, text: str, subjects: Sequence[Span], conditioning_length: int, rows: Tensor | None = None,
+    read: Callable[[Any, str], TokenMap] = tokenize,
+) -> dict[str, Any]:  # fmt: skip
     """Return plain data for the dict of a conditioning of that many rows, under the key ``METADATA``.
 
     Args:
         rows: the conditioning, by which the prompt is found again where a node joins it behind another one.
+        read: what makes the tokens of ``clip`` and ``text``.
     """
     info: dict[str, Any] = {"version": _VERSION, "text": text, "subjects": [list(span) for span in subjects]}
     try:
-        tokens = tokenize(clip, text)
+        tokens = read(clip, text)
         if tokens.conditioning_length != conditioning_length:
             raise UnknownEncoder(
                 f"This text encoder gave {conditioning_length} tokens where {tokens.conditioning_length} were expected, so "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,26 @@ def tokenize(clip: Any, text: str) -> TokenMap:
     Raises:
         UnknownEncoder: that cannot be told for this encoder.
     """
-    host_tokens = _host_tokens(clip, text)
+    return token_map(clip, _host_tokens(clip, text), text)
+
+
+def token_map(clip: Any, host_tokens: HostTokens, text: str, parts: Mapping[str, tuple[int, str]] | None = None) -> TokenMap:
+    """Return where the tokens of ``text`` are once ``clip`` has encoded ``host_tokens`` (with word ids).
+
+    Args:
+        parts: what each encoder reads of the text, and where it begins; none: all of it.
+
+    Raises:
+        UnknownEncoder: that cannot be told for this encoder.
+    """
     rows = context_rows(clip.cond_stage_model, host_tokens)
     raw = raw_tokens(host_tokens)
     seen = {raw[index].encoder for row in rows.rows for index in row}
     known: dict[int, tuple[str, Span | None, str]] = {}
     for encoder in seen:
-        known.update(_described(clip, encoder, raw, text))
+        first, part = (parts or {}).get(encoder, (0, text))
+        for index, (label, span, kind) in _described(clip, encoder, raw, part).items():
+            known[index] = label, span and (span[0] + first, span[1] + first), kind
     tokens: list[Token] = []
     for position, row in enumerate(rows.rows):
         same: set[tuple[Any, ...]] = set()
