@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum, IntEnum
 from typing import Any
 
@@ -39,9 +40,29 @@ def first_level(memory: Memory, base_model: Any, x: Tensor) -> Level:
     """
     if memory is not Memory.AUTO:
         return Level.KEEP_ALL if memory is Memory.FAST else Level.ONE_IMAGE_AT_A_TIME
-    blocks = len(checkpoint_blocks(host.diffusion_model(base_model)))
-    needed = host.forward_memory(base_model, x) * _KEPT_PER_FORWARD * blocks / _BLOCKS_PER_FORWARD
+    needed = _kept(base_model, x.shape)
     spare = host.spare_memory(x.device)
     if needed < spare:
         return Level.KEEP_ALL
     return Level.RECOMPUTE_BLOCKS if needed * _RECOMPUTED < spare else Level.ONE_IMAGE_AT_A_TIME
+
+
+def room_for_passes(memory: Memory, base_model: Any, shape: Sequence[int]) -> float:
+    """Return the bytes for which ComfyUI should make room before a run with gradient passes.
+
+    For ``auto`` that is what blocks need which are computed again: taking weights off the device for more would cost more time
+    than it saves.
+
+    Args:
+        shape: of the run's latent, (batch, channels, ..., height, width).
+    """
+    if memory is Memory.FAST:
+        return _kept(base_model, shape)
+    images = 1 if memory is Memory.LOW else shape[0]
+    return _kept(base_model, (images, *shape[1:])) * _RECOMPUTED
+
+
+def _kept(base_model: Any, shape: Sequence[int]) -> float:
+    """Return about how many bytes a pass keeps that computes nothing again."""
+    blocks = len(checkpoint_blocks(host.diffusion_model(base_model)))
+    return host.forward_memory(base_model, shape) * _KEPT_PER_FORWARD * blocks / _BLOCKS_PER_FORWARD

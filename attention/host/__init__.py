@@ -38,6 +38,7 @@ from .latent_steps import check_sampler, hides_latent, sampler_name, seen_by_the
 from .loading import load_file, maps_files, patcher_for
 from .log import log
 from .memory import (
+    copy_to,
     empty_cache,
     end_prefetch,
     forward_memory,
@@ -45,7 +46,9 @@ from .memory import (
     free_system_memory,
     intermediate_device,
     is_out_of_memory,
+    prepare_with_room,
     spare_memory,
+    wait_for,
 )
 from .model_call import (
     INTERNAL_PASS,
@@ -74,6 +77,7 @@ from .patching import (
     attach,
     detach,
     gate_step,
+    prepared_by,
     run_scope,
     run_state,
     swapped_forward,
@@ -154,6 +158,7 @@ __all__ = [
     "cond_region",
     "cond_uuids",
     "cond_values",
+    "copy_to",
     "default_noise_sampler",
     "denoise_mask",
     "dequantised",
@@ -209,6 +214,8 @@ __all__ = [
     "pixels_per_latent",
     "plain_kernel",
     "plain_operations",
+    "prepare_with_room",
+    "prepared_by",
     "preview_callback",
     "processed_cond",
     "prompt_everywhere",
@@ -231,6 +238,7 @@ __all__ = [
     "text_widths",
     "tiling_key",
     "visible_keys",
+    "wait_for",
     "weight_state",
     "weights_key",
     "with_apply_model_options",

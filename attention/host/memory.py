@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -21,9 +22,9 @@ def free_system_memory() -> float:
     return float(comfy.model_management.get_free_memory(torch.device("cpu")))
 
 
-def forward_memory(base_model: Any, x: torch.Tensor) -> float:
-    """Return the bytes that ComfyUI reckons for one forward on ``x``."""
-    return float(base_model.memory_required(list(x.shape)))
+def forward_memory(base_model: Any, shape: Sequence[int]) -> float:
+    """Return the bytes that ComfyUI reckons for one forward on a latent of this shape."""
+    return float(base_model.memory_required(list(shape)))
 
 
 def empty_cache() -> None:
@@ -62,6 +63,45 @@ def free_other_models(base_model: Any, device: torch.device) -> bool:
     freed = comfy.model_management.free_memory(1e30, device, keep_loaded=kept)
     comfy.model_management.soft_empty_cache()
     return bool(freed)
+
+
+def prepare_with_room(room: float, executor: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call ComfyUI's preparation of a run, which then makes room for ``room`` bytes beside what it reckons for the network.
+
+    Args:
+        executor, model, args, kwargs: as a PREPARE_SAMPLING wrapper is given them.
+    """
+    base_model = model.model
+    own, reckoned = base_model.__dict__.get("memory_required"), base_model.memory_required
+    base_model.__dict__["memory_required"] = lambda *shapes, **conds: reckoned(*shapes, **conds) + room
+    try:
+        return executor(model, *args, **kwargs)
+    finally:
+        if own is None:
+            del base_model.__dict__["memory_required"]
+        else:
+            base_model.__dict__["memory_required"] = own
+
+
+def copy_to(tensor: torch.Tensor, device: torch.device, *, waits: bool) -> torch.Tensor:
+    """Return a copy of a tensor on ``device``; from a GPU to system memory it is pinned, and nothing waits for it.
+
+    Args:
+        waits: whether the copy must be complete at once, since another device is going to read it.
+    """
+    if waits or device.type != "cpu" or tensor.device.type != "cuda":
+        return tensor.to(device, copy=True)
+    try:
+        pinned = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format, pin_memory=True)
+    except RuntimeError:  # no more memory may be pinned
+        return tensor.to(device, copy=True)
+    return pinned.copy_(tensor, non_blocking=True)
+
+
+def wait_for(device: torch.device | None) -> None:
+    """Wait until a GPU has done all that was asked of it."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def end_prefetch() -> None:

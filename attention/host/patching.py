@@ -18,6 +18,7 @@ from comfy.patcher_extension import WrappersMP
 ModelOptions = dict[str, Any]
 TransformerOptions = dict[str, Any]
 _WRAPPER_KINDS = {
+    "prepare_sampling": WrappersMP.PREPARE_SAMPLING,
     "outer_sample": WrappersMP.OUTER_SAMPLE,
     "sampler_sample": WrappersMP.SAMPLER_SAMPLE,
     "predict_noise": WrappersMP.PREDICT_NOISE,
@@ -29,8 +30,8 @@ _WRAPPER_KINDS = {
 def attach(model: ModelPatcher, key: str, technique: object) -> ModelPatcher:
     """Return a clone of ``model`` whose sampling runs through ``technique``'s methods.
 
-    A method named after a kind of wrapper (``outer_sample``, ``sampler_sample``, ``predict_noise``, ``calc_cond_batch``,
-    ``apply_model``) becomes that wrapper. Attaching the same key again replaces what was there.
+    A method named after a kind of wrapper (``prepare_sampling``, ``outer_sample``, ``sampler_sample``, ``predict_noise``,
+    ``calc_cond_batch``, ``apply_model``) becomes that wrapper. Attaching the same key again replaces what was there.
     """
     clone = detach(model, key)
     for name, kind in _WRAPPER_KINDS.items():
@@ -53,6 +54,20 @@ def run_scope(guider: Any, key: str, state: object) -> Iterator[None]:
     """Keep ``state`` in the guider's options while one sampling run lasts (inside an OUTER_SAMPLE wrapper)."""
     original = guider.model_options
     guider.model_options = {**original, "transformer_options": {**original.get("transformer_options", {}), key: state}}
+    try:
+        yield
+    finally:
+        guider.model_options = original
+
+
+@contextmanager
+def prepared_by(guider: Any, key: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Let a guider's runs be prepared through a PREPARE_SAMPLING ``wrapper`` while the block lasts."""
+    original = guider.model_options
+    transformer = original.get("transformer_options", {})
+    kinds = dict(transformer.get("wrappers", {}))
+    kinds[WrappersMP.PREPARE_SAMPLING] = {**kinds.get(WrappersMP.PREPARE_SAMPLING, {}), key: [wrapper]}
+    guider.model_options = {**original, "transformer_options": {**transformer, "wrappers": kinds}}
     try:
         yield
     finally:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from threading import Lock
 from uuid import UUID
 
 import torch
 
+from .. import host
 from ..networks.blocks import AttentionSite
 
 
@@ -15,13 +17,23 @@ class AttentionCache:
     """Outputs of attention modules, (batch of one cond, tokens, channels), in the model's dtype.
 
     ``conds`` has one entry per site and conditioning; ``means`` one per site, the weighted mean of the positive and the
-    negative output; ``halves`` are what a mean still waits for, where the two prompts come in separate model calls.
+    negative output; ``halves`` are what a mean still waits for, where the two prompts come in separate model calls, which on
+    several GPUs may run at the same time.
+
+    Attributes:
+        device: where outputs are kept; None: where they were computed.
+        placed: whether that has been decided for this run; keeps_self: whether there is room for self-attention.
     """
 
     device: torch.device | None
     conds: dict[tuple[str, UUID], torch.Tensor] = field(default_factory=dict)
     means: dict[str, torch.Tensor] = field(default_factory=dict)
     halves: dict[str, torch.Tensor] = field(default_factory=dict)
+    placed: bool = False
+    keeps_self: bool = True
+    lock: Lock = field(default_factory=Lock, repr=False)
+    _source: torch.device | None = None
+    _several: bool = False
 
     def store(self, site: str, uuids: list[UUID], output: torch.Tensor, wanted: frozenset[UUID] | None = None) -> None:
         """Keep each cond's chunk of ``output`` (conds * batch, tokens, channels); only the ``wanted`` ones, if given."""
@@ -33,12 +45,12 @@ class AttentionCache:
     def store_mean(self, site: str, shares: list[float], output: torch.Tensor) -> None:
         """Keep the weighted mean of the two prompts' chunks; a prompt that comes alone waits for the other one."""
         parts = [chunk * share for chunk, share in zip(output.chunk(len(shares)), shares, strict=True)]
-        if len(parts) == 1 and site not in self.halves:
-            self.halves[site] = parts[0] if self.device is None else parts[0].to(self.device)
-            return
-        other = parts[1] if len(parts) == 2 else self.halves.pop(site).to(output.device)
-        mean = parts[0] + other
-        self.means[site] = mean if self.device is None else mean.to(self.device)
+        with self.lock:
+            if len(parts) == 1 and site not in self.halves:
+                self.halves[site] = self._moved(parts[0])
+                return
+            other = parts[1] if len(parts) == 2 else self.halves.pop(site).to(output.device)
+            self.means[site] = self._moved(parts[0] + other)
 
     def begin_store(self, sites: list[AttentionSite]) -> None:
         """Forget what an earlier evaluation left for these sites, halves that never met their other half included."""
@@ -59,7 +71,7 @@ class AttentionCache:
         known = [part for part in parts if part is not None and part.shape[1:-1] == like.shape[1:-1]]
         if len(known) < len(parts) or sum(part.shape[0] for part in known) != like.shape[0]:
             return None
-        known = [part.to(device=like.device, dtype=like.dtype) for part in known]
+        known = [part.to(device=like.device, dtype=like.dtype, non_blocking=True) for part in known]
         return known[0] if len(known) == 1 else torch.cat(known)
 
     def forget(self, sites: list[AttentionSite]) -> None:
@@ -86,6 +98,17 @@ class AttentionCache:
 
     def _own(self, chunk: torch.Tensor) -> torch.Tensor:
         """Return a copy: a chunk is a view of the module's output, which a later patch may write to."""
-        if self.device is None or self.device == chunk.device:
-            return chunk.clone()
-        return chunk.to(self.device)
+        return chunk.clone() if self.device is None or self.device == chunk.device else self._moved(chunk)
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of our own where outputs are kept.
+
+        A copy that nothing waits for is in order with what the same GPU reads later; another GPU has to find it complete.
+        """
+        if self.device is None or self.device == tensor.device:
+            return tensor
+        if self._source not in (None, tensor.device) and not self._several:
+            self._several = True
+            host.wait_for(self._source)
+        self._source = tensor.device
+        return host.copy_to(tensor, self.device, waits=self._several)

@@ -24,7 +24,7 @@ modules get another ``forward`` only for the length of one model call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -39,8 +39,9 @@ from .convergence import SETTLED
 from .evaluation import POSITIVE, EvaluationPlan, Situation, has_no_negative, plan_evaluation
 from .modules import attention_as
 from .plan import Action, gate_window
+from .room import announced_bytes, find_room
 from .run import MOST_MISFITS, MainCall, TGateRun
-from .settings import CacheDevice, TGateSettings
+from .settings import TGateSettings
 
 KEY = host.GATE
 KINDS: tuple[Kind, ...] = ("self", "cross")
@@ -69,6 +70,11 @@ class TGate:
         finally:
             self.text.tell(run.summary())
             run.release()
+
+    def prepare_sampling(self, executor: Any, model: Any, noise_shape: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        """Let ComfyUI make room for the cache as well."""
+        room = announced_bytes(self.settings, model.model, noise_shape)
+        return host.prepare_with_room(room, executor, model, noise_shape, *args, **kwargs)
 
     sampler_sample = staticmethod(follow_sampler)
 
@@ -224,10 +230,11 @@ class TGate:
             return executor(*args, **kwargs)
         call.seen.update(uuids)
 
+        find_room(run, call, executor.class_obj, args[0], host.latent_shape(args, kwargs), len(uuids))
+        if run.stopped:
+            return executor(*args, **kwargs)
         sites = run.sites(executor.class_obj)
         actions = self._actions(run, call, options, sites, uuids)
-        if Action.STORE in actions.values():
-            self._choose_cache_device(run, args[0].device)
         if call.plan.kept is not None:
             host.move_easycache(options, uuids, call.active)
         if actions["cross"] is Action.REUSE:
@@ -242,6 +249,8 @@ class TGate:
     ) -> dict[Kind, Action]:
         """Return the plan, corrected for what this model call cannot do."""
         actions: dict[Kind, Action] = {"self": call.attention.self_attention, "cross": call.attention.cross_attention}
+        if not run.cache.keeps_self:
+            actions["self"] = Action.COMPUTE
         if actions["self"] is not Action.COMPUTE and host.has_patches(options, "attn1"):
             run.note("another node changes self-attention, so it is always computed")
             actions["self"] = Action.COMPUTE
@@ -255,12 +264,6 @@ class TGate:
                     "opened: what that node starts or ends later has no effect"
                 )
         return actions
-
-    def _choose_cache_device(self, run: TGateRun, device: torch.device) -> None:
-        if run.settings.cache_device is CacheDevice.AUTO and run.cache.device is None:
-            if host.spare_memory(device) <= 0:
-                run.cache.device = run.change.device = torch.device("cpu")
-                run.note("little memory is free, so the cache is kept in system memory")
 
 
 def _no_text(model: Any) -> str:
