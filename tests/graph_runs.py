@@ -83,8 +83,8 @@ def node(kind: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": kind, "inputs": inputs}
 
 
-def executor(monkeypatch: pytest.MonkeyPatch, cache: str = "CLASSIC") -> Callable[[Graph, str], dict[str, dict[str, Any]]]:
-    """Return ``run(graph, prompt_id)`` of one ComfyUI with the named cache: what each ``Keep`` was given; an error is raised."""
+def executor(monkeypatch: pytest.MonkeyPatch, cache: str = "CLASSIC") -> Callable[..., dict[str, dict[str, Any]]]:
+    """Return ``run(graph, prompt_id, extra_data)`` with the named cache: what each ``Keep`` was given, or an error."""
     monkeypatch.syspath_prepend(str(Path(folder_paths.__file__).parent))  # before the folder of its package, which has a utils.py
     import execution
     import server
@@ -99,12 +99,12 @@ def executor(monkeypatch: pytest.MonkeyPatch, cache: str = "CLASSIC") -> Callabl
     kind = getattr(execution.CacheType, cache)
     running = execution.PromptExecutor(stub, cache_type=kind, cache_args={"lru": 100, "ram": 2.0, "ram_inactive": 64.0})
 
-    def run(graph: Graph, prompt_id: str) -> dict[str, dict[str, Any]]:
+    def run(graph: Graph, prompt_id: str, extra_data: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
         Keep.seen = {}
         outputs = [
             key for key, each in graph.items() if getattr(nodes.NODE_CLASS_MAPPINGS[each["class_type"]], "OUTPUT_NODE", False)
         ]
-        running.execute(json.loads(json.dumps(graph)), prompt_id, {}, outputs)
+        running.execute(json.loads(json.dumps(graph)), prompt_id, extra_data or {}, outputs)
         errors = [message[1] for message in running.status_messages if message[0] == "execution_error"]
         if errors:
             raise RuntimeError(errors[0]["exception_message"])

@@ -8,12 +8,14 @@ import { app } from "../../scripts/app.js";
 
 const EVENT = "fovea.text";
 const WIDGET = "fovea_text";
+const MARGIN = 6;
 const LOOK = {
   boxSizing: "border-box", padding: "4px 6px", font: "11px/1.4 sans-serif", color: "var(--input-text, #ddd)", opacity: "0.85",
   whiteSpace: "pre-line", overflowWrap: "anywhere",
 };
 
-const known = new Map(); // id of a workflow -> (id of a node in a prompt -> message), for tabs that are opened again
+// The messages of each workflow, for its nodes are made anew when its tab is opened again, and on undo.
+const known = new Map(); // id of a workflow -> { tab, messages: id of a node in a prompt -> message }
 
 /** The same function, with its errors caught and logged. */
 function harmless(callback) {
@@ -53,7 +55,7 @@ function heightOf(text, width) {
     Object.assign(ruler.style, LOOK, { position: "absolute", visibility: "hidden", left: "-9999px", top: "0" });
     document.body.append(ruler);
   }
-  ruler.style.width = `${Math.max(width - 30, 60)}px`;
+  ruler.style.width = `${Math.max(width - 2 * MARGIN, 60)}px`;
   if (ruler.textContent !== text) ruler.textContent = text;
   return ruler.offsetHeight;
 }
@@ -62,8 +64,10 @@ function addText(node) {
   const element = document.createElement("div");
   element.className = "fovea-text";
   Object.assign(element.style, LOOK);
-  const height = () => heightOf(element.textContent, node.size[0]);
-  const options = { serialize: false, hideOnZoom: false, getValue: () => element.textContent, getMinHeight: height, getMaxHeight: height };
+  const height = () => heightOf(element.textContent, node.size[0]) + 2 * MARGIN;
+  const options = {
+    serialize: false, hideOnZoom: false, margin: MARGIN, getValue: () => element.textContent, getMinHeight: height, getMaxHeight: height,
+  };
   const widget = node.addDOMWidget(WIDGET, "fovea_text", element, options);
   widget.serialize = false;
   return widget;
@@ -78,25 +82,37 @@ function show({ node: id, kind, lines }) {
   } else {
     widget ??= addText(node);
     widget.element.textContent = lines.join("\n");
-    node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+    // Nodes that are page elements grow by themselves.
+    if (!globalThis.LiteGraph?.vueNodesMode) node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
   }
   app.graph?.setDirtyCanvas?.(true, true);
 }
 
 // --- messages ------------------------------------------------------------------------------------------------------
 
+/** What tells two tabs of one workflow apart. */
+function openTab() {
+  return app.extensionManager?.workflow?.activeWorkflow?.path;
+}
+
 function receive({ detail }) {
   const here = rootGraph()?.id;
   const workflow = detail.workflow ?? here;
-  if (!known.has(workflow)) known.set(workflow, new Map());
-  known.get(workflow).set(detail.node, detail);
+  if (!known.has(workflow)) known.set(workflow, { messages: new Map() });
+  const kept = known.get(workflow);
+  kept.tab = workflow === here ? openTab() : undefined;
+  kept.messages.set(detail.node, detail);
   if (workflow === here) show(detail);
+}
+
+function showAgain() {
+  const kept = known.get(rootGraph()?.id);
+  if (!kept || (kept.tab !== undefined && kept.tab !== openTab())) return;
+  for (const message of kept.messages.values()) show(message);
 }
 
 app.registerExtension({
   name: "fovea.nodeText",
   setup: harmless(() => api.addEventListener(EVENT, harmless(receive))),
-  afterConfigureGraph: harmless(() => {
-    for (const message of known.get(rootGraph()?.id)?.values() ?? []) show(message);
-  }),
+  afterConfigureGraph: () => setTimeout(harmless(showAgain), 200), // the open tab is known only then
 });
