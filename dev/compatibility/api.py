@@ -21,6 +21,8 @@ from host_inprocess import ROOT, load_pack, start_host
 HOST_MODULES = ("comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "latent_preview", "server")
 # Names that only newer releases have: the pack asks before it uses them.
 OPTIONAL = {"comfy.model_management.in_training"}
+# Networks that came after the newest pinned release.
+LATER = {"comfy.ldm.wan.model_animate2.WanAnimate2Block", "comfy.ldm.wan.model_animate2.WanAnimate2Model"}
 OPTION_KEYS = (
     "activations_shape", "block", "block_index", "block_type", "cond_or_uncond", "optimized_attention_override", "patches",
     "patches_replace", "sample_sigmas", "sigmas", "total_blocks", "uuids", "wrappers",
