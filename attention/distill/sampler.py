@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import host
 from ..gradient.cost import prompts_of_a_step
+from ..gradient.levels import makes_room
 from ..host import log
 from .cost import cost_line
 from .job import DistillJob
@@ -177,7 +178,8 @@ def sample_distilled(
             progress.tick(x, denoised)
 
     try:
-        samples = host.sample(guider, noise, distillation.sampler, sigmas, latent, on_step)
+        with host.prepared_by(guider, "fovea.distill", makes_room(job.settings.memory)):
+            samples = host.sample(guider, noise, distillation.sampler, sigmas, latent, on_step)
     finally:
         progress.close()
         text.tell(distillation.report.summary(job))

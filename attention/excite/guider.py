@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import host
+from ..gradient import makes_room
 from .guidance import NEEDS_WHOLE_LATENT, Guidance, is_guided
 from .settings import ExciteSettings
 from .subjects import GuidedPrompt
@@ -23,6 +24,11 @@ class ExciteGuider(host.CFGGuider):
         self.settings = settings
         self.prompts = list(prompts)
         self.text = host.NodeText()
+
+    def sample(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Sample as ComfyUI's guider does, which makes room for gradient passes too."""
+        with host.prepared_by(self, "fovea.excite", makes_room(self.settings.memory)):
+            return super().sample(*args, **kwargs)
 
     def inner_sample(
         self, noise: Tensor, latent_image: Tensor, device: Any, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import host
+from ..gradient import makes_room
 from .guidance import NEEDS_WHOLE_LATENT, Guidance, is_guided
 from .guider import ExciteGuider
 from .settings import ExciteSettings
@@ -33,6 +34,7 @@ class ExciteTechnique:
         self.settings = settings
         self._words = subjects, clip, text
         self.text = host.NodeText()
+        self.prepare_sampling = makes_room(settings.memory)
 
     def outer_sample(
         self,

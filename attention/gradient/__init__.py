@@ -1,6 +1,6 @@
 """A differentiable model pass: how a loss on attention changes with the latent."""
 
-from .levels import Memory
+from .levels import Memory, makes_room
 from .model_pass import ModelPass
 from .watch import AttentionCall, Gradient, Measurements, Objective
 
@@ -11,4 +11,5 @@ __all__ = [
     "Memory",
     "ModelPass",
     "Objective",
+    "makes_room",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum, IntEnum
 from typing import Any
 
@@ -60,6 +60,16 @@ def room_for_passes(memory: Memory, base_model: Any, shape: Sequence[int]) -> fl
         return _kept(base_model, shape)
     images = 1 if memory is Memory.LOW else shape[0]
     return _kept(base_model, (images, *shape[1:])) * _RECOMPUTED
+
+
+def makes_room(memory: Memory) -> Callable[..., Any]:
+    """Return a PREPARE_SAMPLING wrapper that lets ComfyUI make room for the gradient passes of a run."""
+
+    def prepare(executor: Callable[..., Any], model: Any, noise_shape: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        room = room_for_passes(memory, model.model, noise_shape)
+        return host.prepare_with_room(room, executor, model, noise_shape, *args, **kwargs)
+
+    return prepare
 
 
 def _kept(base_model: Any, shape: Sequence[int]) -> float:

@@ -1,0 +1,57 @@
+"""ComfyUI makes room for gradient passes before a run, and nothing of that stays."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.samplers
+import pytest
+import torch
+from distill_runs import distill, features, fresh_cache, models, node, run  # noqa: F401
+from families import FAMILIES
+from host_inprocess import pack_nodes
+
+pytestmark = pytest.mark.newest
+FAMILY = FAMILIES["sd15"]
+MEMORY = {"low": 1, "auto": 2, "fast": 3}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What ComfyUI is asked to have free at least, run by run."""
+    found = []
+    load = comfy.model_management.load_models_gpu
+
+    def noted(models, memory_required=0, minimum_memory_required=None, **kwargs):
+        found.append(minimum_memory_required)
+        return load(models, memory_required=memory_required, minimum_memory_required=minimum_memory_required, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", noted)
+    return found
+
+
+def sampled(guider, batch=2):
+    latent = FAMILY.latent(batch)
+    sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.get_model_object("model_sampling"), "simple", 1)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
+    options = guider.model_options
+    with torch.inference_mode():
+        guider.sample(noise, latent, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=1)
+    assert guider.model_options is options and "memory_required" not in guider.model_patcher.model.__dict__
+
+
+def test_attend_and_excite(asked):
+    """In the order of what the settings keep; 'auto' asks for what it needs where memory is short, for every image."""
+    model, execute = FAMILY.build(), pack_nodes()["AttendExciteGuider"].execute
+    plain = comfy.samplers.CFGGuider(model)
+    plain.set_conds(FAMILY.conds(1), FAMILY.conds(2))
+    sampled(plain)
+    for memory in MEMORY:
+        sampled(execute(model, FAMILY.conds(1), FAMILY.conds(2), cfg=7.0, subjects="2, 5", memory=memory)[0])
+    assert asked == sorted(asked) and len({*asked}) == 1 + len(MEMORY)
+
+
+def test_attention_distillation(asked, node, models):  # noqa: F811
+    for memory in MEMORY:
+        run(node, models["eps"], steps=1, iterations=1, memory=memory)
+    low, auto, fast = asked
+    assert 0 < low <= auto < fast  # one image: 'low' and 'auto' ask for the same
