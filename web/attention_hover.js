@@ -31,7 +31,8 @@ function harmless(callback) {
 // --- the node's output ---------------------------------------------------------------------------------------------
 
 function outputOf(node) {
-  return outputs.get(node) ?? app.nodeOutputs?.[node.id];
+  const inSubgraph = node.graph && node.graph !== (app.rootGraph ?? app.graph);
+  return outputs.get(node) ?? app.nodeOutputs?.[inSubgraph ? `${node.graph.id}:${node.id}` : node.id];
 }
 
 /** The word maps that belong to what the node shows, once they are loaded. */
@@ -102,14 +103,21 @@ function hitOnCanvas(event) {
 /** The hit of a node that is made of page elements. */
 function hitOnPage(event) {
   const element = event.target?.closest?.("[data-node-id]");
-  const node = element && app.canvas?.graph?.getNodeById?.(element.dataset.nodeId);
-  if (node?.comfyClass !== NODE) return null;
-  for (const image of element.querySelectorAll("img")) {
+  const outer = element && app.canvas?.graph?.getNodeById?.(element.dataset.nodeId);
+  const previews = outer ? [...previewsIn(outer)] : [];
+  for (const image of previews.length ? element.querySelectorAll("img") : []) {
     const frame = image.getBoundingClientRect();
     const place = pointInside([event.clientX, event.clientY], [frame.left, frame.top, frame.width, frame.height], image);
-    if (place && imageIndexOf(node, image.src) >= 0) return { node, image, place };
+    const node = place && previews.find((each) => imageIndexOf(each, image.src) >= 0);
+    if (node) return { node, image, place };
   }
   return null;
+}
+
+/** The previews whose images a node may show: itself, or those in its subgraph, which it shows where they are promoted. */
+function* previewsIn(node) {
+  if (node.comfyClass === NODE) yield node;
+  for (const inner of node.subgraph?.nodes ?? []) yield* previewsIn(inner);
 }
 
 /** The words at a hit, most attention first, and the position in the sampled image. */

@@ -48,8 +48,8 @@ LINES = {
     "another node changes self-attention, so it is always computed",
     "AttnMapCapture": "Attention maps: 12 layers in 25 of 25 steps, positive and negative prompt",
     "AttendExciteGuider": 'Attend-and-Excite: 12 guided steps, 31 refinements, weakest subject "frog" 0.12 -> 0.81',
-    "AttentionDistillSampler": "Attention Distillation: 25 of 25 steps with 3 optimisation steps each, 75 gradient passes: about 4.3 "
-    "times as long as without",
+    "AttentionDistillSampler": "Attention Distillation: 25 of 25 steps with 3 optimisation steps each, 75 gradient passes: about "
+    "4.3 times as long as without",
     "FoveaSaveAttnMaps": "output/attention/maps_00001_.attn.safetensors",
     "FoveaSeamless": "Seamless Tiling: the image may show a seam, because the model halves it 3 times and cannot halve width 520 "
     "(use 512 or 576). Sides that repeat must be multiples of 64 pixels.",
