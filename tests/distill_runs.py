@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import comfy.cldm.cldm
+import comfy.controlnet
 import comfy.samplers
 import pytest
 import torch
 from families import FAMILIES
+from tiny_unet import UNET_CONFIG, randomise
+
+import nodes
 
 SIZE = (16, 16)
 CFG = 7.5
@@ -24,6 +29,15 @@ class Noise:
 
     def generate_noise(self, latent):
         return torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(self.seed))
+
+
+class GivenNoise(Noise):
+    def __init__(self, noise: torch.Tensor) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def generate_noise(self, latent):
+        return self.noise.clone()
 
 
 class Shifted(Noise):
@@ -126,3 +140,20 @@ def plain(model, *, steps=2, latent=None, sampler="euler", noise=None, guider=No
             disable_pbar=True, seed=5,
         )  # fmt: skip
     return model.model.process_latent_in(last)
+
+
+# --- ControlNet -------------------------------------------------------------------------------------------------------------
+
+
+def tiny_controlnet() -> comfy.controlnet.ControlNet:
+    """A random ControlNet for ``small_model`` and others of its width."""
+    config = {key: value for key, value in UNET_CONFIG.items() if key not in ("out_channels", "transformer_depth_output")}
+    config.update(num_res_blocks=[1, 1], channel_mult=[1, 2], num_heads=2, transformer_depth=[1, 1], dtype=torch.float32)
+    network = comfy.cldm.cldm.ControlNet(hint_channels=3, **config)
+    randomise(network, 7)
+    return comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"), manual_cast_dtype=None)
+
+
+def with_control(control, hint: torch.Tensor, positive=POSITIVE, negative=NEGATIVE):
+    """Positive and negative prompt with a ControlNet, as Apply ControlNet makes them."""
+    return nodes.ControlNetApplyAdvanced().apply_controlnet(positive, negative, control, hint, 1.0, 0.0, 1.0)

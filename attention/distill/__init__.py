@@ -1,6 +1,6 @@
 """Attention Distillation: style, appearance and texture from a reference."""
 
-from .inputs import encoded_reference, target_latent
+from .inputs import target_latent
 from .job import DistillJob, prepare
 from .published import distilled_layers, published
 from .sampler import sample_distilled
@@ -12,7 +12,6 @@ __all__ = [
     "DistillSettings",
     "Method",
     "distilled_layers",
-    "encoded_reference",
     "prepare",
     "published",
     "sample_distilled",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import host
@@ -63,32 +62,55 @@ def target_latent(model: Any, latent: Mapping[str, Any]) -> dict[str, Any]:
     return host.fitting_latent(model, {**latent, "samples": with_dimensions(latent["samples"], host.latent_channels(model)[1])})
 
 
-def check_reference(reference: Tensor, ratio: int) -> None:
+def check_reference(reference: Tensor, name: str, ratio: int) -> None:
     """Raise a ValueError where a reference is one latent pixel, which has neither texture nor contrast."""
     if reference[0, 0].numel() == 1:
         raise ValueError(
-            f"reference is a single latent pixel ({ratio} x {ratio} pixels of an image), which has no style to follow. Use a "
+            f"{name} is a single latent pixel ({ratio} x {ratio} pixels of an image), which has no style to follow. Use a "
             "larger image: 256 pixels or more, best about the size of latent_image."
         )
 
 
-def encoded_reference(image: Tensor | None, vae: Any, model: Any) -> Tensor | None:
-    """Return the latents of ``reference_image``, which take the place of ``reference``; None where it is not connected.
+References = Mapping[str, "Mapping[str, Any] | Tensor | None"]
+
+
+def reference_latents(model: Any, references: References, vae: Any) -> list[tuple[str, Tensor]]:
+    """Return every reference's clean latent (1, channels, ...), in the order of the inputs, with the name of its input.
 
     Args:
-        image: (n, height, width, channels), 0 to 1.
+        references: of each input a LATENT, or images (n, height, width, channels), 0 to 1, each of which may hold several
+            references; "reference_image" takes the place of "reference".
+        vae: the model's; needed for images.
 
     Raises:
-        ValueError: one of the two inputs without the other, or a VAE that is not the model's.
+        ValueError: an image without a VAE or the other way round, a VAE that is not the model's, or a latent that does not fit.
     """
-    if image is None and vae is None:
-        return None
-    if image is None or vae is None:
-        missing, given = ("reference_image", "vae") if image is None else ("vae", "reference_image")
+    given = {name: value for name, value in references.items() if value is not None}
+    if "reference_image" in given:
+        given.pop("reference", None)
+    images = [name for name, value in given.items() if isinstance(value, Tensor)]
+    if images and vae is None:
         raise ValueError(
-            f"{given} is connected, but {missing} is not. Connect both, and the node encodes the reference itself in place of "
+            f"{images[0]} is connected, but vae is not. Connect the VAE of the model, and the node encodes the image itself; or "
+            "encode it with VAE Encode."
+        )
+    if vae is not None and not images:
+        raise ValueError(
+            "vae is connected, but reference_image is not. Connect both, and the node encodes the reference itself in place of "
             "the latent at reference; or neither."
         )
+    found = []
+    for name, value in given.items():
+        latent = fitting(_encoded(value, vae, name, model) if isinstance(value, Tensor) else value["samples"], name, model)
+        check_reference(latent, name, host.pixels_per_latent(model))
+        found += [(name, one) for one in latent.split(1)]
+    return found
+
+
+def _encoded(image: Tensor, vae: Any, name: str, model: Any) -> Tensor:
+    """Return the latents of images, in the dimensions of the model's own."""
+    if image.ndim != 4 or not image.numel():
+        raise ValueError(f"{name} is an image of shape {tuple(image.shape)}: use (images, height, width, channels).")
     channels, dimensions = host.latent_channels(model)
     encoded: Tensor = with_dimensions(vae.encode(image[..., :3]), dimensions)
     if encoded.ndim != dimensions + 2 or encoded.shape[1] != channels:
@@ -156,10 +178,3 @@ def weights_of(text: str, count: int) -> list[float]:
             f"reference_weights has {len(weights)} numbers and there are {count} references: write as many, or nothing."
         )
     return weights
-
-
-def chosen(values: Sequence[Any] | Tensor, keep: Sequence[bool]) -> Any:
-    """Return what belongs to the references that count."""
-    if isinstance(values, Tensor):
-        return values if len(values) == 1 < len(keep) or all(keep) else values[torch.tensor(keep, device=values.device)]
-    return [value for value, kept in zip(values, keep, strict=True) if kept]

@@ -8,7 +8,7 @@ Both are means over a layer's elements and sums over layers, and never divided b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,13 +48,13 @@ class DistillObjective:
     """The loss of one optimisation step, an ``Objective`` of ``ModelPass.gradient``.
 
     Attributes:
-        features: of the references, for every call.
+        features: of the references, for every call: one mapping for all images, or one for each image of the batch.
         content: queries of the content image, (batch, heads, tokens, channels).
         attn_scale: sharpens what the reference's attention picks.
         style_loss, content_loss: each image's own losses of the last pass, without weights, summed over layers.
     """
 
-    features: Mapping[CallKey, Features]
+    features: Sequence[Mapping[CallKey, Features]]
     content: Mapping[CallKey, Tensor] | None = None
     content_weight: float = 0.0
     attn_scale: float = 1.0
@@ -64,25 +64,35 @@ class DistillObjective:
 
     def measure(self, layer: AttentionLayer, call: AttentionCall, rows: Tensor) -> Tensor:
         """Return (2, images): style and content loss of one call."""
-        key = call_key(layer, call)
-        features, inputs = self.features[key], call.inputs
-        if self.regions is None:
-            with torch.no_grad():
-                ideal = _attention(inputs.q * self.attn_scale, features, inputs.scale)
-            style = _mean_distance(call.output, ideal, len(rows))
+        key, inputs = call_key(layer, call), call.inputs
+        if self.regions is not None:
+            style = self._style_by_region(layer, call, rows)
         else:
-            style = self._style_by_region(layer, call, features, rows)
+            with torch.no_grad():
+                ideal = self._ideal(key, inputs.q * self.attn_scale, inputs.scale, rows)
+            style = _mean_distance(call.output, ideal, len(rows))
         if self.content is None:
             return torch.stack([style, torch.zeros_like(style)])
         queries = self.content[key]
         return torch.stack([style, _mean_distance(inputs.q, queries[rows] if len(rows) < len(queries) else queries, len(rows))])
 
-    def _style_by_region(self, layer: AttentionLayer, call: AttentionCall, features: Features, rows: Tensor) -> Tensor:
+    def _features(self, key: CallKey, image: int) -> Features:
+        return self.features[image if len(self.features) > 1 else 0][key]
+
+    def _ideal(self, key: CallKey, q: Tensor, scale: float, rows: Tensor) -> Tensor:
+        """Return what the queries would get from the references of their image, (images * frames, heads, tokens, channels)."""
+        if len(self.features) == 1:
+            return _attention(q, self.features[0][key], scale)
+        parts = zip(q.chunk(len(rows)), rows.tolist(), strict=True)
+        return torch.cat([_attention(part, self._features(key, row), scale) for part, row in parts])
+
+    def _style_by_region(self, layer: AttentionLayer, call: AttentionCall, rows: Tensor) -> Tensor:
         """Return (images,): the style loss where a query attends to its own label only, one unmasked attention per label."""
         assert self.regions is not None
         output, q = call.output, call.inputs.q
         losses = []
         for image, row in enumerate(rows.tolist()):
+            features = self._features(call_key(layer, call), row)
             distance, queries = (output[image] * 0).float().sum(), 0
             for of_target, of_reference in self.regions.pairs(layer.name, row, output.device):
                 with torch.no_grad():

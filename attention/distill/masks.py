@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +41,61 @@ def mask_images(mask: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name} has the shape {shape}: use a mask of (height, width) or (images, height, width).")
     if not bool(mask.isfinite().all()):
         raise ValueError(f"{name} holds values that are no numbers (NaN). Make the mask again.")
+    return mask
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What the masks of a run mark.
+
+    Attributes:
+        reference, target: labels (1 or n, height, width): what has the same one belongs together.
+        part: (1 or n, height, width), bool: what of the references is followed, where there is no target mask; else None.
+        notes: how greys were changed, for the log and the report.
+    """
+
+    reference: Tensor
+    target: Tensor
+    part: Tensor | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def marks_of(
+    reference_mask: Tensor | None, target_mask: Tensor | None, references: int, used: Sequence[int], images: int
+) -> Marks | None:
+    """Return what the masks of references and images mark; None where neither is connected.
+
+    Args:
+        used: places of the references, of so many, that count.
+
+    Raises:
+        ValueError: ``target_mask`` alone, masks of another number than images, or masks that mark nothing.
+    """
+    if reference_mask is None and target_mask is None:
+        return None
+    if reference_mask is None:
+        raise ValueError(
+            "reference_mask is not connected: labels say what of the image follows what of the reference, so connect both. "
+            "(reference_mask alone limits what of the reference is followed.)"
+        )
+    of_reference = _fitting(reference_mask, "reference_mask", references, "reference")
+    of_reference = of_reference if len(of_reference) == 1 else of_reference[list(used)]
+    if target_mask is None:
+        part = of_reference.detach().cpu().float() >= 0.5
+        if not bool(part.any()):
+            raise ValueError(
+                "reference_mask is black everywhere, so nothing of the reference is left. White is what the image follows: "
+                "invert the mask."
+            )
+        return Marks(part.long(), torch.ones(1, 1, 1, dtype=torch.long), part)
+    matched = matching_labels(of_reference, _fitting(target_mask, "target_mask", images, "latent_image"))
+    return Marks(matched.reference, matched.target, None, matched.notes)
+
+
+def _fitting(mask: Tensor, name: str, images: int, whose: str) -> Tensor:
+    mask = mask_images(mask, name)
+    if len(mask) not in (1, images):
+        raise ValueError(f"{name} holds {len(mask)} masks, but {whose} holds {images} images: use one mask, or as many.")
     return mask
 
 
@@ -169,18 +224,3 @@ def _solid_greys(labels: Tensor) -> set[int]:
     values = labels.float()
     largest, smallest = F.max_pool2d(values, _LEAST_BLOCK, 1), -F.max_pool2d(-values, _LEAST_BLOCK, 1)
     return set(largest[largest == smallest].long().unique().tolist())
-
-
-def part_of(mask: Tensor) -> Tensor:
-    """Return (n, height, width), bool: what of the references a mask without a target mask lets the image follow.
-
-    Raises:
-        ValueError: nothing of a reference.
-    """
-    inside = mask.detach().cpu().float() >= 0.5
-    if not bool(inside.any()):
-        raise ValueError(
-            "reference_mask is black everywhere, so nothing of the reference is left. White is what the image follows: invert "
-            "the mask."
-        )
-    return inside

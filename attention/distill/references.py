@@ -57,6 +57,7 @@ class References:
         weights: changes with what the model computes; None: nothing is kept across runs.
         with_noise: whether the model sees them with the noise of their sigma.
         shares: how much each reference counts.
+        one_each: whether every image of the batch follows the reference of its own place, as in a run of its own.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class References:
         *,
         with_noise: bool,
         shares: Sequence[float],
+        one_each: bool = False,
         cache: FeatureCache = CACHE,
     ) -> None:
         self.passes = passes
@@ -75,6 +77,7 @@ class References:
         self.conds = [cond_for(latent) for latent in latents]
         self.with_noise = with_noise
         self.shares = list(shares)
+        self.one_each = one_each
         self.cache = cache
         self.reused = self.computed = 0
         layers = tuple(layer.name for layer in passes.layers)
@@ -86,19 +89,21 @@ class References:
         """Return the references as the sampler would have them at ``sigma``; without noise, in the model's own units."""
         base_model = self.passes.base_model
         if self.with_noise:
-            return noised_alike(base_model, self.latents, sigma, purpose)
+            return noised_alike(base_model, self.latents, sigma, purpose, one_noise=self.one_each)
         scale = float(host.input_scale(base_model, torch.tensor([sigma])))
         return [latent / scale for latent in self.latents]
 
-    def features(self, sigma: float) -> dict[CallKey, Features]:
-        """Return keys and values of all references in every call, side by side."""
-        parts = [self._stored(place, sigma) for place in range(len(self.latents))]
+    def features(self, sigma: float) -> list[dict[CallKey, Features]]:
+        """Return keys and values in every call: of all references side by side, or of each by itself."""
         device = self.latents[0].device
+        parts = [self._stored(place, sigma) for place in range(len(self.latents))]
+        if self.one_each:
+            return [{key: Features(k.to(device), v.to(device)) for key, (k, v) in part.items()} for part in parts]
         joined = {}
         for key in parts[0]:
             k, v = (torch.cat([part[key][which].to(device) for part in parts], dim=2) for which in (0, 1))
             joined[key] = Features(k, v, self._bias([part[key][0].shape[2] for part in parts], device))
-        return joined
+        return [joined]
 
     def _bias(self, tokens: Sequence[int], device: torch.device) -> Tensor | None:
         if len(set(self.shares)) == 1:
@@ -108,7 +113,8 @@ class References:
 
     def _stored(self, place: int, sigma: float) -> Stored:
         base_model, own = self.passes.base_model, self.keys[place]
-        key = None if own is None else (*own, place, sigma, *host.schedule_key(base_model, sigma), host.compute_dtype(base_model))
+        noise = 0 if self.one_each else place
+        key = None if own is None else (*own, noise, sigma, *host.schedule_key(base_model, sigma), host.compute_dtype(base_model))
         stored = None if key is None else self.cache.get(base_model, key)
         if stored is not None:
             self.reused += 1

@@ -27,6 +27,7 @@ class DistillReport:
             "layers": [layer.name for layer in job.layers],
             "references": len(job.references),
             "reference_weights": list(job.reference_weights),
+            "reference_per_image": job.one_each,
             "content_weight": settings.content_weight if job.content is not None else None,
             "windows": len(job.windows),
             "reference_features": {"reused": self.reused, "computed": self.computed},
@@ -45,6 +46,8 @@ class DistillReport:
         )
         text += f", loss {losses[0]:.4g} to {losses[-1]:.4g}"
         text += f", reference features reused {self.reused} of {self.reused + self.computed} times"
+        if job.one_each:
+            text += f", each image with one of {len(job.references)} references"
         if len(job.windows) > 1:
             text += f", in {len(job.windows)} windows"
         missing = set().union(*(regions.missing() for regions in job.regions or ()))

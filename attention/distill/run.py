@@ -13,9 +13,10 @@ from torch import Tensor
 from .. import host
 from ..gradient.model_pass import ModelPass
 from .adain import adain
+from .content import Content
 from .job import DistillJob
-from .losses import CallKey, DistillObjective, call_key
-from .references import Purpose, References, noised_alike
+from .losses import DistillObjective
+from .references import Purpose, References
 from .report import DistillReport
 from .settings import Method
 from .windows import Window, average
@@ -57,16 +58,19 @@ class DistillRun:
 
         self.references = References(
             self.passes,
-            self._clean(job.references).split(1),
+            [self._clean(reference) for reference in job.references],
             cond_for,
             _weights_key(guider),
             with_noise=self.settings.method is Method.GUIDED,
             shares=job.reference_weights,
+            one_each=job.one_each,
         )
         self.weights_of_pixels = job.weights_of_pixels()
-        self.content: Tensor | None = None
-        if job.content is not None:
-            self.content = self._clean(job.content)
+        self.start = None if job.content is None else self._clean(job.content)
+        self.content: Content | None = None
+        if self.start is not None and self.settings.content_weight != 0:
+            guided = self.settings.method is Method.GUIDED
+            self.content = Content(self.passes, self.start, self.windows, self.conds, with_noise=guided)
 
     def _clean(self, latent: Tensor) -> Tensor:
         """Return a latent from a VAE in the units of the model."""
@@ -132,7 +136,7 @@ class DistillRun:
             _move(z, gradient / scale, adam, mask)
             self.progress.tick(z / scale, estimate())
         entry: dict[str, Any] = {"step": step, "sigma": sigma, "loss": losses}
-        if self._keeps_content:
+        if self.content is not None:
             entry.update(style_loss=style, content_loss=content)
         self.report.steps.append(entry)
         self.report.reused, self.report.computed = self.references.reused, self.references.computed
@@ -144,24 +148,21 @@ class DistillRun:
         if len(self.windows) == 1:
             return nullcontext()
         areas = [window.area for window in self.windows]
-        if not self.job.circular:
+        if not self.job.circular and not host.limited_prompts(self.model.inner_model):
             return host.prompts_by_area(self.model.inner_model, areas)
-        return host.calls_in_circular_windows(
+        return host.calls_in_windows(
             self.extra_args["model_options"], areas, lambda place: self.progress.show_within(place / len(areas))
         )
 
     def _objectives(self, sigma: float, level: Tensor) -> list[DistillObjective]:
         """Return the loss of each window; all share the references' features."""
-        features, content = self.references.features(sigma), self._content_at(sigma)
+        features = self.references.features(sigma)
+        none: Sequence[None] = [None] * len(self.windows)
+        content = none if self.content is None else self.content.queries(sigma, level)
+        regions = self.job.regions or none
         return [
-            DistillObjective(
-                features,
-                None if content is None else self._content_queries(place, content, level),
-                self.settings.content_weight,
-                self.settings.attn_scale,
-                self.job.regions[place] if self.job.regions else None,
-            )
-            for place in range(len(self.windows))
+            DistillObjective(features, queries, self.settings.content_weight, self.settings.attn_scale, own_regions)
+            for queries, own_regions in zip(content, regions, strict=True)
         ]
 
     def _gradient(self, x: Tensor, level: Tensor, objectives: Sequence[DistillObjective]) -> tuple[float, Tensor]:
@@ -185,38 +186,15 @@ class DistillRun:
     def _with_colours(self, x: Tensor, sigma: float, unit: float) -> Tensor:
         if not self.settings.uses_adain:
             return x
-        references = self.references.at(sigma, Purpose.COLOURS)
-        return adain(x, references, epsilon=1e-6 * unit, mask=self._mask(sigma), weights=self.weights_of_pixels)
-
-    @property
-    def _keeps_content(self) -> bool:
-        return self.content is not None and self.settings.content_weight != 0
-
-    def _content_at(self, sigma: float) -> Tensor | None:
-        """Return the content as the model is to see it, (batch, channels, ...); None where nothing of it is kept."""
-        if self.content is None or not self._keeps_content:
-            return None
-        if self.settings.method is Method.GUIDED:
-            x = torch.cat(noised_alike(self.base_model, self.content.split(1), sigma, Purpose.CONTENT, one_noise=True))
-        else:
-            x = self.content / self._scale(sigma)
-        return x.expand(self.batch, *x.shape[1:])
-
-    def _content_queries(self, place: int, content: Tensor, level: Tensor) -> dict[CallKey, Tensor]:
-        """Return the content's queries in every call of a window, computed in the latent's batches and by its kernels.
-
-        Where the latent is the content, as at the start of 'optimise', any difference would be noise that Adam enlarges.
-        """
-        x = self.windows[place].of(content)
-        found: dict[CallKey, list[Tensor]] = {}
-        with host.differentiable_kernels():
-            for rows in self.passes.parts(x, torch.arange(self.batch, device=x.device)):
-                measured = self.passes.observe(
-                    self.conds[place], x[rows], level[rows], lambda layer, call: (call_key(layer, call), call.inputs.q)
-                )
-                for _, (key, q) in measured:
-                    found.setdefault(key, []).append(q.clone())
-        return {key: torch.cat(queries) for key, queries in found.items()}
+        references, mask, weights = self.references.at(sigma, Purpose.COLOURS), self._mask(sigma), self.weights_of_pixels
+        if not self.job.one_each:
+            return adain(x, references, epsilon=1e-6 * unit, mask=mask, weights=weights)
+        masks = [None] * len(x) if mask is None else mask.expand(len(x), *mask.shape[1:]).split(1)
+        parts = zip(x.split(1), references, masks, weights or [None] * len(x), strict=True)
+        return torch.cat([
+            adain(image, [reference], epsilon=1e-6 * unit, mask=part, weights=None if weight is None else [weight])
+            for image, reference, part, weight in parts
+        ])  # fmt: skip
 
     def _why_not_finite(self, z: Tensor, objective: DistillObjective, step: int, iteration: int) -> str:
         where = f"The loss of Attention Distillation is not a number in step {step}, iteration {iteration}"
@@ -224,7 +202,7 @@ class DistillRun:
             cause = (
                 "the latent already was none, so the model or another node on it gives NaN. Try without Attention Distillation"
             )
-        elif not all(bool(f.k.isfinite().all() and f.v.isfinite().all()) for f in objective.features.values()):
+        elif not all(bool(f.k.isfinite().all() and f.v.isfinite().all()) for each in objective.features for f in each.values()):
             cause = "the model gives NaN for the reference. Try another reference, or start ComfyUI with --force-upcast-attention"
         else:
             cause = (

@@ -115,7 +115,7 @@ class Distillation:
     ) -> Tensor:
         """From the content, or from noise, without a denoising step."""
         run = DistillRun(self.job, self.progress, self.report, model, extra_args)
-        start = model.noise if run.content is None else run.content.expand_as(model.noise)
+        start = model.noise if run.start is None else run.start.expand_as(model.noise)
         clean = run.optimise(start.float(), [(step, float(sigmas[step])) for step in self.steps])
         return host.noised(run.base_model, clean, torch.zeros_like(clean), float(sigmas[-1]))
 

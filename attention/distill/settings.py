@@ -30,6 +30,7 @@ class DistillSettings:
 
     Attributes:
         window, window_stride: in pixels of the image; window 0 is the whole.
+        reference_per_image: whether each image of a batch follows one reference; else every image follows all of them.
     """
 
     method: Method = Method.GUIDED
@@ -45,6 +46,7 @@ class DistillSettings:
     memory: Memory = Memory.AUTO
     window: int = 0
     window_stride: int = 64
+    reference_per_image: bool = False
 
     def __post_init__(self) -> None:
         for name in ("iterations", "learning_rate", "content_weight"):

@@ -21,12 +21,12 @@ from .attention_calls import (
     with_attention_observer,
     without_replacements,
 )
-from .circular_windows import Area, add_part, calls_in_circular_windows, part
 from .conds import (
     LIMITS_OF_A_WINDOW,
     cond_region,
     cond_values,
     is_active,
+    limited_prompts,
     processed_cond,
     prompt_everywhere,
     prompts_by_area,
@@ -119,6 +119,8 @@ from .weights import (
     weight_state,
     weights_key,
 )
+from .window_calls import add_part, calls_in_windows
+from .window_prompts import Area, part, uncut_control
 
 __all__ = [
     "ModelPatcher",
@@ -146,7 +148,7 @@ __all__ = [
     "attach",
     "attention_inputs",
     "call_with_cond",
-    "calls_in_circular_windows",
+    "calls_in_windows",
     "cast_weights",
     "changes_features",
     "changes_unseen",
@@ -196,6 +198,7 @@ __all__ = [
     "joined_edges",
     "latent_channels",
     "latent_shape",
+    "limited_prompts",
     "load_file",
     "log",
     "maps_files",
@@ -237,6 +240,7 @@ __all__ = [
     "swapped_forward",
     "text_widths",
     "tiling_key",
+    "uncut_control",
     "visible_keys",
     "wait_for",
     "weight_state",

@@ -40,12 +40,17 @@ _LIMITS_OF_A_PROMPT = (
 )  # fmt: skip
 
 # Of these, what cannot be cut into windows, and its name for users.
-LIMITS_OF_A_WINDOW = {"area": "prompts for an area", "control": "ControlNet", "gligen": "GLIGEN"}
+LIMITS_OF_A_WINDOW = {"gligen": "GLIGEN"}
 
 
 def prompts_of(guider: Any) -> list[Sequence[Mapping[str, Any]]]:
     """Return the prompts of a guider before it samples: for each kind (positive, negative, ...) the list of its conds."""
     return list(getattr(guider, "original_conds", {}).values())
+
+
+def limited_prompts(guider: Any) -> bool:
+    """Return whether a prompt of a running guider is for an area or has a ControlNet, whose image belongs to the whole."""
+    return any(cond.get(name) is not None for conds in guider.conds.values() for cond in conds for name in ("area", "control"))
 
 
 @contextmanager

@@ -5,17 +5,27 @@ from __future__ import annotations
 import json
 import logging
 
-import comfy.cldm.cldm
-import comfy.controlnet
 import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
-from distill_runs import FAMILY, NEGATIVE, NULL, POSITIVE, SIZE, Noise, guider_of, plain, random_latent, run, sigmas_of
+from distill_runs import (
+    FAMILY,
+    NEGATIVE,
+    NULL,
+    POSITIVE,
+    SIZE,
+    Noise,
+    guider_of,
+    plain,
+    random_latent,
+    run,
+    sigmas_of,
+    tiny_controlnet,
+    with_control,
+)
 from families import FAMILIES
-from tiny_unet import UNET_CONFIG, randomise, small_model
-
-import nodes
+from tiny_unet import small_model
 
 __all__ = ["distill", "features", "fresh_cache", "node"]
 from distill_runs import distill, features, fresh_cache, node
@@ -109,15 +119,10 @@ def test_regional_prompts_act_in_the_denoising_steps(node, model):
 def test_controlnet_acts_in_the_denoising_steps_only(node):
     """The image that is compared has seen it; the passes that compare have not."""
     model = small_model()
-    config = {key: value for key, value in UNET_CONFIG.items() if key not in ("out_channels", "transformer_depth_output")}
-    config.update(num_res_blocks=[1, 1], channel_mult=[1, 2], num_heads=2, transformer_depth=[1, 1], dtype=torch.float32)
-    network = comfy.cldm.cldm.ControlNet(hint_channels=3, **config)
-    randomise(network, 7)
+    control = tiny_controlnet()
     calls = []
-    network.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    control = comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"), manual_cast_dtype=None)
-    hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(1))
-    positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(POSITIVE, NEGATIVE, control, hint, 1.0, 0.0, 1.0)
+    control.control_model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    positive, negative = with_control(control, torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(1)))
     guider = guider_of(model, positive=positive, negative=negative)
 
     before = plain(model, steps=3, guider=guider)

@@ -8,7 +8,7 @@ import comfy.samplers
 import numpy
 import pytest
 import torch
-from distill_runs import FAMILY, NULL, SIZE, Noise, distill, features, fresh_cache, guider_of, random_latent, run
+from distill_runs import FAMILY, NULL, SIZE, GivenNoise, Noise, distill, features, fresh_cache, guider_of, random_latent, run
 from families import FAMILIES
 from PIL import Image, ImageDraw, ImageFilter
 from scenes import evaluate
@@ -305,15 +305,6 @@ def test_a_vae_of_another_model_is_named(node, no_sampling):
 
 
 # --- batches and costs ------------------------------------------------------------------------------------------------------
-
-
-class GivenNoise(Noise):
-    def __init__(self, noise: torch.Tensor) -> None:
-        super().__init__()
-        self.noise = noise
-
-    def generate_noise(self, latent):
-        return self.noise.clone()
 
 
 @pytest.mark.parametrize("method", ["guided sampling", "optimise"])

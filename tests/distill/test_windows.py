@@ -5,10 +5,24 @@ from __future__ import annotations
 import comfy.samplers
 import pytest
 import torch
-from distill_runs import FAMILY, NEGATIVE, POSITIVE, Noise, distill, features, fresh_cache, guider_of, plain, random_latent, run
+from distill_runs import (
+    FAMILY,
+    NEGATIVE,
+    POSITIVE,
+    Noise,
+    Shifted,
+    distill,
+    features,
+    fresh_cache,
+    guider_of,
+    plain,
+    random_latent,
+    run,
+    tiny_controlnet,
+    with_control,
+)
 from families import FAMILIES
-
-import nodes
+from tiny_unet import small_model
 
 __all__ = ["distill", "features", "fresh_cache"]
 
@@ -158,6 +172,105 @@ def test_references_are_looked_at_once_for_all_windows(node, model):
     assert report["reference_features"] == {"reused": 0, "computed": 2}
 
 
+# --- prompts for an area, and ControlNet ------------------------------------------------------------------------------------
+
+
+OTHER = FAMILY.conds(5)
+LEFT, RIGHT = (SIDE, SIDE, 0, 0), (SIDE, SIDE, 0, SIDE)
+
+
+def for_area(prompt, area):
+    return [[prompt[0][0], {"area": area, "strength": 1.0}]]
+
+
+def parts_alone(node, model, guiders, **settings) -> torch.Tensor:
+    """What each half of a wide latent gives in a run of its own."""
+    parts = [
+        run(node, model, latent=wide_latent()[..., :SIDE], noise=PartOfNoise(first), guider=guider, **settings)[0]
+        for first, guider in zip((0, SIDE), guiders, strict=True)
+    ]
+    return torch.cat(parts, dim=3)
+
+
+def test_prompts_for_an_area_act_in_the_windows_that_show_it(node, model):
+    areas = for_area(POSITIVE, LEFT) + for_area(OTHER, RIGHT)
+    found, report = run(
+        node, model, latent=wide_latent(), noise=PartOfNoise(0), guider=guider_of(model, positive=areas), **BRIEF, **APART
+    )
+    alone = parts_alone(node, model, [guider_of(model, positive=each) for each in (POSITIVE, OTHER)], **BRIEF)
+    other = parts_alone(node, model, [guider_of(model, positive=each) for each in (OTHER, POSITIVE)], **BRIEF)
+    assert report["windows"] == 2
+    assert (found - alone).abs().mean() < 1e-3 * alone.std() < 1e-1 * (found - other).abs().mean()
+
+
+@pytest.mark.parametrize("case", ["whole", "chained", "area"])
+def test_a_window_sees_its_part_of_the_image_of_a_controlnet(node, case):
+    """Also where a ControlNet follows another one, and where the prompt that has it is for an area."""
+    model, control = small_model(), tiny_controlnet()
+    hint = torch.rand(1, SIDE * 8, 2 * SIDE * 8, 3, generator=torch.Generator().manual_seed(1))
+
+    def guider(columns: slice, area=None):
+        prompts = POSITIVE, NEGATIVE
+        if area is not None:
+            prompts = for_area(POSITIVE, area) + for_area(OTHER, RIGHT), for_area(NEGATIVE, area) + for_area(NEGATIVE, RIGHT)
+        positive, negative = with_control(control, hint[:, :, columns], *prompts)
+        if case == "chained":
+            positive, negative = with_control(control.copy(), 1 - hint[:, :, columns], positive, negative)
+        return guider_of(model, positive=positive, negative=negative)
+
+    columns = slice(0, SIDE * 8), slice(SIDE * 8, None)
+    whole = guider(columns[0], LEFT) if case == "area" else guider(slice(None))
+    settings = {"layers": "", "steps": 2, **BRIEF}
+    found, _ = run(node, model, latent=wide_latent(), noise=PartOfNoise(0), guider=whole, **settings, **APART)
+    alone = parts_alone(node, model, [guider(each) for each in columns], **settings)
+    without = parts_alone(node, model, [guider_of(model)] * 2, **settings)
+    seen = SIDE if case == "area" else 2 * SIDE
+    difference, effect = ((found - other)[..., :seen].abs().mean() for other in (alone, without))
+    assert difference < 1e-3 * alone.std() and difference < 0.02 * effect
+    assert control.cond_hint is None and control.timestep_range is None  # as it was
+
+
+@pytest.mark.parametrize("way", ["area", "bounds of a mask"])
+def test_windows_over_the_edges_keep_areas_where_they_are(node, model, node_classes, way):
+    """What repeats across may be moved across, with a prompt for the upper rows; bounds of a mask only save time."""
+    tiled = node_classes["FoveaSeamless"].execute(model, axis="horizontal")[0]
+    upper = torch.zeros(1, 16, 24)
+    upper[:, :8] = 1
+
+    def image(noise, bounds: bool = True):
+        limits = {"area": (8, 24, 0, 0)} if way == "area" else {"mask": upper, "set_area_to_bounds": bounds}
+        positive = [*POSITIVE, [OTHER[0][0], {"strength": 4.0, **limits}]]
+        settings = {"latent": {"samples": torch.zeros(1, 4, 16, 24)}, "window": 128, "window_stride": 64, "steps": 1}
+        return run(node, tiled, noise=noise, guider=guider_of(tiled, positive=positive), **BRIEF | settings)[0]
+
+    found = image(Shifted())
+    if way == "area":
+        assert (found.roll((0, 8), (-2, -1)) - image(Shifted((0, 8)))).abs().mean() < 1e-3 * found.std()
+    else:
+        assert (found - image(Shifted(), bounds=False)).abs().mean() < 1e-3 * found.std()
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "area", [(8, 8, 0, 0), (16, 40, 4, 10), (2, 3, 30, 0), (64, 99, 16, 20), (1, 1, 7, 7), (2, 20, 20, 0, 4, 8)]
+)
+def test_areas_weigh_as_in_comfyui(pack, area, masked):
+    from fovea_attention.attention.host.window_prompts import area_weights
+
+    sizes = (3, 48, 64)[-2 if len(area) == 4 else -3 :]
+    x = torch.zeros(1, 4, *sizes)
+    cond = {"area": area, "model_conds": {}, "uuid": None}
+    if masked:
+        cond["mask"] = torch.ones(1, *sizes)
+    theirs = comfy.samplers.get_area_and_mult(cond, x, torch.ones(1))
+    whole = torch.zeros(sizes)
+    half = len(sizes)
+    places = tuple(slice(start, start + size) for size, start in zip(theirs.area[:half], theirs.area[half:], strict=True))
+    whole[places] = theirs.mult[0, 0]
+    assert torch.allclose(area_weights(area, sizes, feathered=not masked)[0], whole)
+
+
 # --- what cannot be cut into windows ----------------------------------------------------------------------------------------
 
 
@@ -165,10 +278,12 @@ def test_what_needs_the_whole_image_is_refused_before_sampling(node, model, node
     monkeypatch.setattr(comfy.samplers.CFGGuider, "sample", lambda *_, **__: pytest.fail("sampling has begun"))
     latent = {"samples": wide_latent()}
     excite, _ = node_classes["AttendExciteGuider"].execute(model, POSITIVE, NEGATIVE, subjects="2, 5")
-    area = nodes.ConditioningSetArea().append(POSITIVE, 64, 64, 0, 0, 1.0)[0]
+    placed = [[POSITIVE[0][0], {"gligen": ("position", None, [])}]]
+    imageless = [[POSITIVE[0][0], {"control": tiny_controlnet()}]]
     for guider, message in (
         (excite, "Attend-and-Excite"),
-        (guider_of(model, positive=area), "prompts for an area"),
+        (guider_of(model, positive=placed), "GLIGEN"),
+        (guider_of(model, positive=imageless), "a ControlNet that has no image"),
     ):
         with pytest.raises(ValueError, match=f"window cannot be used with {message}"):
             run(node, model, guider=guider, latent=latent, **BRIEF, **APART)
