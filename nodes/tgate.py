@@ -5,12 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..attention import host, tgate
-from ..attention.tgate import CacheDevice, CfgAfterGate, GateOn, Mode, TGateSettings
+from ..attention.tgate import CacheDevice, CfgAfterGate, GateOn, Mode, Schedule, TGateSettings
 from ..attention.tgate.settings import MAX_SHARE
 from ._schema import advanced, node_schema
 
 
-def _values(options: type[CfgAfterGate] | type[Mode] | type[CacheDevice] | type[GateOn]) -> list[str]:
+def _values(options: type[CfgAfterGate] | type[Mode] | type[CacheDevice] | type[GateOn] | type[Schedule]) -> list[str]:
     return [option.value for option in options]
 
 
@@ -21,8 +21,9 @@ class TGateCache(io.ComfyNode):
             "TGateCache",
             display_name="T-GATE Cache",
             description=(
-                "Makes sampling faster and keeps nearly the same image: once the composition is settled, attention to the "
-                "prompt is reused and the negative prompt is no longer computed. Place it between the model and the sampler."
+                "Makes sampling faster and keeps nearly the same image: once the composition is settled, steps are skipped where "
+                "their result can be extrapolated. 'as published' instead reuses attention to the prompt and no longer computes "
+                "the negative prompt. Place it between the model and the sampler."
             ),
             not_idempotent=True,  # its text is its own, from the cache too
             search_aliases=["t-gate", "tgate", "faster", "speed", "speed up", "cache", "accelerate", "skip cfg"],
@@ -146,6 +147,27 @@ class TGateCache(io.ComfyNode):
                         "guidance of the last steps and is slower.",
                     )
                 ),
+                io.Combo.Input(
+                    "schedule",
+                    options=_values(Schedule),
+                    default=Schedule.SKIP.value,
+                    optional=True,
+                    tooltip="What happens after the gate. 'skip steps' is closest to the image without T-GATE: where the error "
+                    "to expect is at most max_error, a step is extrapolated from the last ones computed in full; only gate_at, "
+                    "gate_on, full_at_end and max_error act. 'as published' is T-GATE, with all inputs but max_error.",
+                ),
+                advanced(
+                    io.Float.Input(
+                        "max_error",
+                        default=0.03,
+                        min=0.0,
+                        max=1.0,
+                        step=0.005,
+                        optional=True,
+                        tooltip="'skip steps' only: the largest error that a skipped step may add to the image, expected from "
+                        "the last steps (0.03 = 3 %). Higher skips more steps.",
+                    )
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with T-GATE. The input model is not changed.")],
         )
@@ -166,6 +188,8 @@ class TGateCache(io.ComfyNode):
         refresh_every: int = 0,
         gate_on: str = GateOn.STEPS.value,
         full_at_end: float = 0.0,
+        schedule: str = Schedule.PUBLISHED.value,  # a graph saved without this input keeps its image
+        max_error: float = 0.03,
     ) -> io.NodeOutput:
         settings = TGateSettings(
             gate_at=gate_at,
@@ -180,10 +204,14 @@ class TGateCache(io.ComfyNode):
             refresh_every=refresh_every,
             gate_on=GateOn(gate_on),
             full_at_end=full_at_end,
+            schedule=Schedule(schedule),
+            max_error=max_error,
         )
         if gate_at == 1:
             host.NodeText().tell("T-GATE: off, because gate_at is 1")
             return io.NodeOutput(host.detach(model, tgate.KEY))
+        if settings.schedule is Schedule.SKIP:
+            return io.NodeOutput(host.attach(model, tgate.KEY, tgate.StepSkipping(settings)))
         if not settings.drops_cfg and not tgate.reuses_attention(host.diffusion_model(model.model), settings):
             raise ValueError(
                 f"cfg_after_gate is 'keep', but {type(model.model).__name__} has no separate cross-attention to reuse, so "

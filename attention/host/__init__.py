@@ -104,8 +104,8 @@ from .sampling import (
     sigma_at_share,
     smallest_sigma,
 )
-from .step_caches import easycache_skipped, make_easycache_compute, move_easycache
-from .steps import StepClock, follow_sampler, read_sigma, steps_done
+from .step_caches import easycache_skipped, make_caches_compute, make_easycache_compute, move_easycache
+from .steps import StepClock, acting_controls, follow_sampler, read_sigma, steps_done
 from .tiling import AXES, Edges, join_edges, joined_edges, tiling_key
 from .weights import (
     cast_weights,
@@ -140,6 +140,7 @@ __all__ = [
     "Progress",
     "StepClock",
     "TransformerOptions",
+    "acting_controls",
     "acting_replacements",
     "activations_size",
     "add_part",
@@ -202,6 +203,7 @@ __all__ = [
     "load_file",
     "log",
     "maps_files",
+    "make_caches_compute",
     "make_easycache_compute",
     "masked_logits",
     "move_easycache",

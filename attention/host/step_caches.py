@@ -29,6 +29,13 @@ def make_easycache_compute(options: ModelOptions | TransformerOptions) -> None:
         state.cumulative_change_rate = float("inf")
 
 
+def make_caches_compute(options: ModelOptions | TransformerOptions) -> None:
+    """Keep EasyCache and LazyCache from skipping the sampler's next evaluation."""
+    state = options.get("transformer_options", options).get(_KEY)
+    if hasattr(state, "cumulative_change_rate"):
+        state.cumulative_change_rate = float("inf")
+
+
 def move_easycache(options: TransformerOptions, uuids: Sequence[UUID], evaluated: Sequence[UUID]) -> None:
     """Let EasyCache judge changes by a prompt that is still evaluated.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -132,6 +133,18 @@ def read_sigma(timestep: torch.Tensor, options: ModelOptions) -> tuple[float, Mo
         sigma = float(timestep.max()) if levels is None else levels.at(timestep)
         options = {**options, _SIGMA: sigma}
     return sigma, options
+
+
+def acting_controls(conds: Iterable[Sequence[Mapping[str, Any]] | None], sigma: float) -> tuple[bool, ...]:
+    """Return which ControlNets of a running guider's prompts act at ``sigma``: those whose range of the schedule holds it."""
+    acting = []
+    for cond in chain.from_iterable(some or () for some in conds):
+        control = cond.get("control")
+        while control is not None:
+            start, end = getattr(control, "timestep_range", None) or (math.inf, 0.0)
+            acting.append(start >= sigma >= end)
+            control = getattr(control, "previous_controlnet", None)
+    return tuple(acting)
 
 
 def steps_done(options: ModelOptions) -> int | None:

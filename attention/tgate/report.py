@@ -56,7 +56,7 @@ class Report:
         """Return why less was done than the settings say."""
         planned = set(range(gate, full_from)) - self.refreshed
         if not planned:
-            return [_no_step_left(settings, steps)]
+            return [no_step_left(settings, steps)]
         reasons = self._limits(settings)
         for step, (served, called) in sorted(self.in_part.items()):
             reasons.append(
@@ -102,7 +102,8 @@ class Report:
 _ONLY = (("self-attention is reused", "reused"), ("the negative prompt is dropped", "dropped"))
 
 
-def _no_step_left(settings: TGateSettings, steps: int) -> str:
+def no_step_left(settings: TGateSettings, steps: int) -> str:
+    """Return why nothing is reused in a run of which no step lies after the gate."""
     if settings.gate_on is GateOn.SCHEDULE:
         return "nothing is reused: no step of this run lies between the gate and the end on the noise schedule"
     return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 
 MAX_SHARE = 3.0
@@ -26,6 +26,13 @@ class GateOn(str, Enum):
 
     STEPS = "steps of this run"
     SCHEDULE = "whole noise schedule"
+
+
+class Schedule(str, Enum):
+    """What happens after the gate: whole steps are skipped, or T-GATE's own schedule is followed."""
+
+    SKIP = "skip steps"
+    PUBLISHED = "as published"
 
 
 class CacheDevice(str, Enum):
@@ -52,6 +59,9 @@ class TGateSettings:
         gate_on: the steps of the run, of which a slice of a schedule has its own; or the whole noise schedule, which all its
             slices share.
         full_at_end: share of ``gate_on`` at the end that is computed in full, in [0, 1).
+        schedule: what happens after the gate. ``SKIP`` uses of all settings only ``gate_at``, ``gate_on``, ``full_at_end`` and
+            ``max_error``.
+        max_error: the largest error to expect of the image after a skipped step, as a share of the image's norm.
     """
 
     gate_at: float = 0.4
@@ -66,6 +76,8 @@ class TGateSettings:
     refresh_every: int = 0
     gate_on: GateOn = GateOn.STEPS
     full_at_end: float = 0.0
+    schedule: Schedule = Schedule.PUBLISHED
+    max_error: float = 0.03
 
     def __post_init__(self) -> None:
         if not 0 < self.gate_at <= 1:
@@ -95,8 +107,20 @@ class TGateSettings:
                 f"gate_at is {self.gate_at:g} and full_at_end is {self.full_at_end:g}, so no step is left between them in which "
                 "attention could be reused: choose values whose sum is less than 1."
             )
+        if not 0 < self.max_error <= 1:
+            raise ValueError(
+                f"max_error is {self.max_error:g}: it is a share of the image, so use more than 0 (0.03 stays close to it) "
+                "to 1. To skip nothing, set gate_at to 1."
+            )
         if self.mode is Mode.AUTO and not self.tolerance > 0:
             raise ValueError(f"tolerance is {self.tolerance:g}: auto mode needs more than 0 (0.05 is a good start).")
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Return the names of settings that were changed and do not act, because whole steps are skipped."""
+        used = ("gate_at", "gate_on", "full_at_end", "schedule", "max_error")
+        others = [field for field in fields(self) if field.name not in used and self.schedule is Schedule.SKIP]
+        return tuple(field.name for field in others if getattr(self, field.name) != field.default)
 
     @property
     def drops_cfg(self) -> bool:
