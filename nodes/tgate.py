@@ -38,12 +38,14 @@ class TGateCache(io.ComfyNode):
                     tooltip="Fraction of the steps before the gate, which are computed in full. Lower is faster; higher stays "
                     "closer to the image without T-GATE. 1 turns the node off.",
                 ),
-                io.Combo.Input(
-                    "cfg_after_gate",
-                    options=_values(CfgAfterGate),
-                    default=CfgAfterGate.DROP_KEEP_POSITIVE.value,
-                    tooltip="What happens to the negative prompt after the gate. Dropping it gives most of the speed-up. "
-                    "'keep' leaves CFG on and only reuses attention. Use 'as published' to compare with the paper.",
+                advanced(
+                    io.Combo.Input(
+                        "cfg_after_gate",
+                        options=_values(CfgAfterGate),
+                        default=CfgAfterGate.DROP_KEEP_POSITIVE.value,
+                        tooltip="What happens to the negative prompt after the gate. Dropping it gives most of the speed-up. "
+                        "'keep' leaves CFG on and only reuses attention. Use 'as published' to compare with the paper.",
+                    )
                 ),
                 advanced(
                     io.Int.Input(
@@ -74,12 +76,14 @@ class TGateCache(io.ComfyNode):
                         tooltip="Number of steps at the start in which self-attention is always computed.",
                     )
                 ),
-                io.Combo.Input(
-                    "mode",
-                    options=_values(Mode),
-                    default=Mode.FIXED.value,
-                    tooltip="fixed: the gate opens at gate_at. auto: it opens as soon as attention to the prompt stops "
-                    "changing, and at gate_at at the latest.",
+                advanced(
+                    io.Combo.Input(
+                        "mode",
+                        options=_values(Mode),
+                        default=Mode.FIXED.value,
+                        tooltip="fixed: the gate opens at gate_at. auto: it opens as soon as attention to the prompt stops "
+                        "changing, and at gate_at at the latest.",
+                    )
                 ),
                 advanced(
                     io.Float.Input(
@@ -156,17 +160,15 @@ class TGateCache(io.ComfyNode):
                     "to expect is at most max_error, a step is extrapolated from the last ones computed in full; only gate_at, "
                     "gate_on, full_at_end and max_error act. 'as published' is T-GATE, with all inputs but max_error.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "max_error",
-                        default=0.03,
-                        min=0.0,
-                        max=1.0,
-                        step=0.005,
-                        optional=True,
-                        tooltip="'skip steps' only: the largest error that a skipped step may add to the image, expected from "
-                        "the last steps (0.03 = 3 %). Higher skips more steps.",
-                    )
+                io.Float.Input(
+                    "max_error",
+                    default=0.03,
+                    min=0.0,
+                    max=1.0,
+                    step=0.005,
+                    optional=True,
+                    tooltip="'skip steps' only: the largest error that a skipped step may add to the image, expected from "
+                    "the last steps (0.03 = 3 %). Higher skips more steps.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with T-GATE. The input model is not changed.")],
