@@ -199,5 +199,7 @@ def seen_by_the_model(model: Any, x: Tensor, sigma: Tensor, mask: Tensor | None)
     if mask is None:
         return x
     base_model = model.inner_model.inner_model
-    known = base_model.scale_latent_inpaint(x=x, sigma=sigma, noise=model.noise, latent_image=model.latent_image)
+    known = base_model.scale_latent_inpaint(
+        x=x, sigma=sigma, noise=model.noise, latent_image=model.latent_image, denoise_mask=mask
+    )
     return x * mask + known * (1 - mask)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from compatibility.matrix import builders
 from compatibility.tables import PLACES, WORDS, Cell, Outcome
-from compatibility.trial import Trial, quiet
+from compatibility.trial import CFG, Trial, quiet
 from families import FAMILIES, sample
 
 pytestmark = pytest.mark.newest
@@ -106,3 +107,29 @@ def test_a_network_with_a_guide_says_what_it_cannot_do(pack: Any) -> None:
         ("Attention Distillation", "does not know where Network attends to the image"),
     ):
         assert cells[node].outcome is Outcome.REFUSED and reason in cells[node].message, cells[node]
+
+
+@pytest.mark.parametrize("name", ["sd15", "minimax"])
+def test_a_gradient_is_taken_where_a_masked_run_looks(node_classes: dict[str, Any], name: str) -> None:
+    """Newer releases blend the known image of some models in a way of its own, for which they need the mask."""
+    if name not in builders():
+        pytest.skip("this ComfyUI does not know the model")
+
+    class Masked(Trial):
+        noise_mask = torch.ones(1, 1, 2, 8, 6) if name == "minimax" else torch.ones(1, 1, 16, 12)
+        noise_mask[..., :3, :], noise_mask[..., 5:, 4:] = 0, 0.3  # not along the model's patches
+
+    family, seen = builders()[name], []
+    with quiet() as log:
+        trial = Masked(family, family.build(), log)
+
+        def look(module: Any, inputs: Any) -> None:
+            seen.append((inputs[0] if torch.is_tensor(inputs[0]) else inputs[0][0])[:1].detach().clone())
+
+        with trial.network.register_forward_pre_hook(look):
+            trial.sampled()
+            first, count = seen[0], len(seen)
+            settings = {"thresholds": "", "guide_until": 1 / 3, "attention_grid": 4}
+            guider = node_classes["AttendExciteGuider"].execute(trial.model, trial.positive, trial.negative, CFG, **settings)[0]
+            trial.sampled(guider)
+    assert torch.allclose(seen[count], first, atol=1e-6) and not torch.allclose(seen[count + 1], first, atol=1e-6)
