@@ -37,6 +37,12 @@ SCRIPTS = {
     "look": "browser/nodes.py",
 }
 TAKES_NO_MORE = ("demo", "env", "check", "thumbnails", "screenshots")
+TRAINERS = {
+    "scenes": "scenes/train.py",
+    "decoder": "scenes/train_decoder.py",
+    "dit": "scenes/train_dit.py",
+    "emoji": "emoji/train.py",
+}
 _SHARED_BY_BENCHMARKS = {"__init__", "measure", "memory", "models", "peers", "similarity", "daam_worker", "tgate_diffusers"}
 
 
@@ -57,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("eval", parents=[host], add_help=False, help="measure the embedded model, or a technique on it: eval [NAME]; eval --help")
     names = ", ".join(name for name in benchmarks() if name != "page")
     add("bench", parents=[host], add_help=False, help=f"measure speed and memory, all on one page, or one: {names}; NAME --help")
+    add("train", parents=[host], add_help=False, help=f"train a demo model or a part of one: {', '.join(TRAINERS)}; NAME --help")
     add("matrix", parents=[host], add_help=False, help="try every node on every family of models; matrix --help")
     beside = "try every node beside ComfyUI's own nodes; beside --help"
     add("beside", aliases=["neighbours"], parents=[host], add_help=False, help=beside)
@@ -109,18 +116,24 @@ def run_inside(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Run the command itself, now that this Python has all it needs."""
     if arguments.command == "demo":
         return demo.main(Path(os.environ["COMFYUI_PATH"]), arguments)
-    if arguments.command in ("eval", "bench"):
+    if arguments.command in ("eval", "bench", "train"):
         script, rest = chosen_script(arguments.command, rest)
         return run_script(script, rest)
     return run_script(environment.DEV / SCRIPTS[arguments.command], rest)
 
 
 def chosen_script(command: str, rest: list[str]) -> tuple[Path, list[str]]:
-    """Choose the script of ``eval [NAME]`` or ``bench [NAME]``; returns it and the arguments that are left for it."""
+    """Choose the script of ``eval [NAME]``, ``bench [NAME]`` or ``train NAME``; returns it and the arguments left for it."""
     if command == "eval":
         folder, whole = environment.DEV / "scenes", "the model"
         usual = folder / "evaluate.py"
         named = {path.stem.removeprefix("evaluate_"): path for path in sorted(folder.glob("evaluate_*.py"))}
+        named["emoji"] = environment.DEV / "emoji" / "evaluate.py"
+    elif command == "train":
+        named = {name: environment.DEV / script for name, script in TRAINERS.items()}
+        if not rest or rest[0] not in named:
+            sys.exit(f"python dev train NAME: choose one of: {', '.join(named)}")
+        return named[rest[0]], rest[1:]
     else:
         folder, whole = environment.DEV / "bench", "all of them, on one page"
         usual, named = folder / "page.py", {name: folder / f"{name}.py" for name in benchmarks()}
