@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import count
@@ -50,7 +51,7 @@ class ModelCall:
         self.options = options
         self.layers = layers
         self.running: list[tuple[AttentionLayer, Iterator[int], tuple[int, ...]]] = []
-        self.seen: set[str] = set()
+        self.seen: Counter[str] = Counter()  # attention to the text, by layer
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -153,12 +154,17 @@ class ModelCall:
                     part.append(shown.transpose(-1, -2).contiguous())
             if looks is not None:
                 looks[:, start : start + rows.shape[2]] = pooled_mass(rows[..., place.image].sum(1), place.grid, own)
+        name = layer.name
         if text is not None:
-            self.seen.add(layer.name)
+            if layer.kind == "unknown" and self.seen[name]:  # a layer that nothing is known of may look at the text again
+                name = f"{name}.{self.seen[name]}"
+                if name not in self.run.order:
+                    self.run.order.append(name)
+            self.seen[layer.name] += 1
         for index, (track, part) in enumerate(zip(self.tracks, parts, strict=True)):
             if part:
                 maps = part[0] if len(part) == 1 else torch.cat(part, -1)
-                self.run.add_text(track, layer.name, heads, maps.unflatten(-1, place.grid))
+                self.run.add_text(track, name, heads, maps.unflatten(-1, place.grid))
             if looks is not None:
                 mine = slice(index * batch // len(self.tracks), (index + 1) * batch // len(self.tracks))
                 self.run.add_self(track, own, heads, pooled_queries(looks[mine], place.grid, own))

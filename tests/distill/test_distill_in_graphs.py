@@ -214,6 +214,8 @@ def test_families(node, name):
 def state_of(model):
     modules = {name: (dict(module.__dict__), len(module._forward_hooks)) for name, module in model.model.named_modules()}
     training = getattr(comfy.model_management, "in_training", None)
+    for own, _ in modules.values():
+        own.pop("latent_shapes", None)  # ComfyUI notes every run's sizes on its model (0.33.0)
     return [(name, {k: id(v) for k, v in own.items()}, hooks) for name, (own, hooks) in modules.items()], training
 
 

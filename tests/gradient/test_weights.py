@@ -58,12 +58,12 @@ def test_comfyuis_quantised_formats(gradient, sites, name):  # noqa: F811
     quant_format = "nvfp4" if smoothed else name
     layout = QUANT_ALGOS[quant_format]["comfy_tensor_layout"]
     operations = comfy.ops.mixed_precision_ops({}, torch.float32, full_precision_mm=True)
-    sizes = {"convrot_groupsize": 16} if quant_format == "convrot_w4a4" else {}
+    sizes = {"convrot_groupsize": 16} if quant_format in ("convrot_w4a4", "asym_w4a8_int8") else {}
     with torch.inference_mode():
         model, plain = unet(), unet()
         for (parent, child, linear), (_, _, other) in zip(list(linears(model)), linears(plain), strict=True):
             if linear.in_features % 64 and sizes:
-                continue  # this format's groups are of 64 columns
+                continue  # these formats' groups are of 64 columns
             layer = operations.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
             layer.quant_format, layer.layout_type = quant_format, layout
             packed = comfy.ops.QuantizedTensor.from_float(linear.weight.data, layout, **sizes)
@@ -78,7 +78,7 @@ def test_comfyuis_quantised_formats(gradient, sites, name):  # noqa: F811
                 layer.register_parameter("pre_quant_scale", torch.nn.Parameter(scale, requires_grad=False))
                 other.weight.mul_(scale)
     # Formats of integers round the layer's input as well, to 4 or 8 bits, so that the two networks see different activations.
-    tolerance = {"convrot_w4a4": 1e-1, "int8_tensorwise": 1e-2}.get(quant_format, 1e-4)
+    tolerance = {"convrot_w4a4": 1e-1, "int8_tensorwise": 1e-2, "asym_w4a8_int8": 1e-2}.get(quant_format, 1e-4)
     found, _ = gradient_of(gradient, sites, model)
     expected, _ = gradient_of(gradient, sites, plain)
     assert_same_gradient(found, expected, tolerance=tolerance)

@@ -48,6 +48,27 @@ def test_what_each_node_says_of_a_network_that_it_does_not_know(pack: Any, name:
         assert cells[node].outcome is Outcome.REFUSED and said in cells[node].message, cells[node]
 
 
+def test_what_an_unknown_block_shows_twice_is_two_layers(node_classes: dict[str, Any]) -> None:
+    family = FAMILIES["wan_t2v"]
+    model = family.build()
+    network = model.model.diffusion_model
+    block_class = type(network.blocks[0])
+
+    def forward(self: Any, x: Any, e: Any, freqs: Any, context: Any, **kwargs: Any) -> Any:
+        return block_class.forward(self, x + self.cross_attn(x, context, **kwargs), e, freqs, context, **kwargs)
+
+    for block in network.blocks:
+        block.__class__ = type("Block", (block_class,), {"forward": forward})
+    network.__class__ = of_a_new_release(type(network))
+    seen, maps = node_classes["AttnMapCapture"].execute(model).args
+    with quiet():
+        sample(family, seen, steps=2)
+    layers = maps.of().layers
+    assert sorted(layers) == ["block.0", "block.0.1", "block.1", "block.1.1"]
+    for layer in layers.values():  # of two steps
+        torch.testing.assert_close(layer.maps.float().sum(2) / 2, torch.ones_like(layer.maps.float().sum(2)), atol=2e-3, rtol=0)
+
+
 def with_a_guide(network: Any) -> None:
     """Let a Wan's blocks attend to the text for the tokens of a pose video first, as those of WAN Animate 2 do."""
     from fovea_attention.attention.networks.blocks import BlockLayout
