@@ -120,7 +120,10 @@ def verdict(samples: Sequence[Sample]) -> list[str]:
 
 def soak(server: HostServer, prompts: int, seed: int) -> list[Sample]:
     rng, info = random.Random(seed), server.object_info()
-    workflows = {path.stem: workflow_files.convert(workflow_files.load(path), info) for path in workflow_files.shipped()}
+    shipped = {path.stem: workflow_files.load(path) for path in workflow_files.shipped()}
+    workflows = {
+        name: workflow_files.convert(each, info) for name, each in shipped.items() if not workflow_files.other_models(each)
+    }
     samples: list[Sample] = []
     for number in range(prompts):
         name = rng.choice(list(workflows))

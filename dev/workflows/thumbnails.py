@@ -1,5 +1,6 @@
 """Make the image that the template browser shows for a workflow, from the workflow's own run.
 
+A workflow for a model that is not here shows the same effect on the demo model, or its own graph, and says so: `shown_by_others`.
 The same image as a PNG that carries the workflow, to be dragged onto ComfyUI's canvas, is in docs/workflows, and some are in
 the help pages. After a workflow was edited by hand, or has a new thumbnail:
 
@@ -18,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from workflows import workflow_files
 
 SIDE, MARGIN, CAPTION = 512, 8, 44
-BACKGROUND, TEXT = "#1e1f22", "#e8e8e8"
+BACKGROUND, TEXT, FAINT, WIRE = "#1e1f22", "#e8e8e8", "#a8a8a8", "#8a93a6"
 ROOT = Path(__file__).resolve().parent.parent.parent
 TO_DRAG = ROOT / "docs" / "workflows"
 IN_HELP = {
@@ -32,8 +33,11 @@ IN_HELP = {
 HELP_SIDE = 384
 
 
-def make_thumbnail(images: Sequence[Path], captions: Sequence[str], target: Path) -> None:
-    """Arrange images in a square with their captions: a column for each caption, or a grid where all have the same."""
+def make_thumbnail(images: Sequence[Path], captions: Sequence[str], target: Path, below: str = "") -> None:
+    """Arrange images in a square with their captions: a column for each caption, or a grid where all have the same.
+
+    ``below`` is a small line under them.
+    """
     groups: dict[str, list[Path]] = {}
     for path, caption in zip(images, captions, strict=True):
         groups.setdefault(caption, []).append(path)
@@ -56,13 +60,49 @@ def make_thumbnail(images: Sequence[Path], captions: Sequence[str], target: Path
     share = SIDE // len(groups)
     for index, caption in enumerate(groups):
         middle = left + index * (side + MARGIN) + side // 2 if len(groups) > 1 else SIDE // 2
-        font = next(
-            font
-            for size in range(20, 0, -1)
-            if (font := ImageFont.load_default(size)).getlength(caption) <= share - MARGIN or size < 9
-        )
+        font = _font(caption, share - MARGIN)
         draw.text((middle, top + rows * (side + MARGIN) + CAPTION // 2 - MARGIN), caption, fill=TEXT, font=font, anchor="mm")
+    _write_below(draw, below)
     sheet.save(target, quality=88)
+
+
+def _font(text: str, width: float, most: int = 20) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Return the largest font in which the text fits."""
+    return next(
+        font for size in range(most, 0, -1) if (font := ImageFont.load_default(size)).getlength(text) <= width or size < 9
+    )
+
+
+def _write_below(draw: ImageDraw.ImageDraw, text: str) -> None:
+    if text:
+        font = _font(text, SIDE - 4 * MARGIN, 18)
+        draw.text((SIDE // 2, SIDE - CAPTION // 2), text, fill=FAINT, font=font, anchor="mm")
+
+
+def draw_graph(workflow: Path, target: Path, below: str) -> None:
+    """Draw the nodes and wires of a workflow with the nodes' titles, for one whose images cannot be made here."""
+    content = workflow_files.load(workflow)
+    nodes = {node["id"]: node for node in content["nodes"] if node["type"] not in workflow_files.NOTES}
+    columns = sorted({node["pos"][0] for node in nodes.values()})
+    rows = [sorted((n for n in nodes.values() if n["pos"][0] == x), key=lambda node: node["pos"][1]) for x in columns]
+    high, wide = 34, (SIDE - MARGIN) / len(columns) - 2 * MARGIN
+    places = {}
+    for across, column in enumerate(rows):
+        for down, node in enumerate(column):
+            gap = (SIDE - CAPTION) / (len(column) + 1)
+            places[node["id"]] = (2 * MARGIN + across * (wide + 2 * MARGIN), gap * (down + 1) - high / 2)
+    sheet = Image.new("RGB", (SIDE, SIDE), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for _, source, _, to, *_ in content["links"]:
+        (left, top), (right, bottom) = places[source], places[to]
+        draw.line([(left + wide, top + high / 2), (right, bottom + high / 2)], fill=WIRE, width=1)
+    for key, (left, top) in places.items():
+        node = nodes[key]
+        draw.rounded_rectangle([left, top, left + wide, top + high], 5, fill=node.get("bgcolor", "#353535"), outline=WIRE)
+        title = node.get("title") or node["type"]
+        draw.text((left + wide / 2, top + high / 2), title, fill=TEXT, font=_font(title, wide - MARGIN, 14), anchor="mm")
+    _write_below(draw, below)
+    sheet.save(target, quality=90)
 
 
 def carry_workflow(workflow: Path) -> Path:

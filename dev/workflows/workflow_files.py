@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from host_server import Prompt, WorkflowError
+from host_server import CHECKPOINT, DIT_CHECKPOINT, Prompt, WorkflowError
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "workflows"
+NOTES = ("Note", "MarkdownNote")
+MODEL_FILE = re.compile(r"\.(safetensors|pt|pth|ckpt)$")
 
 
 def shipped() -> list[Path]:
@@ -45,6 +48,24 @@ def load(path: Path) -> dict[str, Any]:
         raise WorkflowError(f"{path} is not JSON: {error}") from error
 
 
+def graphs(workflow: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the workflow and the sub-graphs in it, each with its `nodes` and `links`."""
+    return [workflow, *workflow.get("definitions", {}).get("subgraphs", ())]
+
+
+def computing_nodes(workflow: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the nodes that compute, those in sub-graphs too: no notes, and no nodes that stand for a sub-graph."""
+    stand_ins = {graph["id"] for graph in graphs(workflow)[1:]}
+    return [node for graph in graphs(workflow) for node in graph["nodes"] if node["type"] not in {*NOTES, *stand_ins}]
+
+
+def other_models(workflow: dict[str, Any]) -> set[str]:
+    """Return the model files that a workflow asks for besides the demo's own; where there are any, it cannot run here."""
+    values = [value for node in computing_nodes(workflow) for value in node.get("widgets_values") or ()]
+    files = {value for value in values if isinstance(value, str) and MODEL_FILE.search(value)}
+    return files - {CHECKPOINT.name, DIT_CHECKPOINT.name}
+
+
 class _Warnings(logging.Handler):
     """Collects what the converter complains about."""
 
@@ -61,9 +82,7 @@ def convert(workflow: dict[str, Any], object_info: dict[str, Any]) -> Prompt:
     os.environ["DO_NOT_TRACK"] = "1"
     from comfy_cli.workflow_to_api import WorkflowConversionError, convert_ui_to_api
 
-    subgraphs = workflow.get("definitions", {}).get("subgraphs", ())
-    types = {str(node.get("type")) for graph in (workflow, *subgraphs) for node in graph.get("nodes", ())}
-    unknown = sorted(types - set(object_info) - {"Note", "MarkdownNote", "Reroute"} - {graph["id"] for graph in subgraphs})
+    unknown = sorted({str(node.get("type")) for node in computing_nodes(workflow)} - set(object_info) - {"Reroute"})
     if unknown:
         raise WorkflowError(f"The workflow needs nodes this ComfyUI does not have: {', '.join(unknown)}")
     collector, logger = _Warnings(), logging.getLogger("comfy_cli")
