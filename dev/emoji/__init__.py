@@ -1,1 +1,1 @@
-"""Fovea Emoji: the demo model that draws animals and things, its data, trainers, judge and measures."""
+"""Hold Fovea Emoji, the demo model that draws animals and things: its data, trainers, judge and measures."""

@@ -83,7 +83,7 @@ def _neon(planes: Tensor) -> Tensor:
 
 
 class Atlas:
-    """All sprites on the device, and which of them show a concept in a look."""
+    """Hold all sprites on the device, and say which of them show a concept in a look."""
 
     planes: Tensor  # [S, 5, 128, 128] uint8: premultiplied RGB, alpha, premultiplied tone
     table: Tensor  # [looks, concepts, most] sprite numbers

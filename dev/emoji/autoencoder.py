@@ -1,4 +1,4 @@
-"""The VAE in plain torch, under the key names of ComfyUI's TAESD. Images and decoded images are in 0..1."""
+"""Build the VAE in plain torch, under the key names of ComfyUI's TAESD. Images and decoded images are in 0..1."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _convolutions(parts: Iterable[nn.Module]) -> list[nn.Conv2d]:
 
 
 class Autoencoder(nn.Module):
-    """TAESD's layout with four channels at an eighth of the side."""
+    """Code images in TAESD's layout, with four channels at an eighth of the side."""
 
     def __init__(self) -> None:
         super().__init__()

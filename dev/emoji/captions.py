@@ -1,4 +1,4 @@
-"""Captions as rows of the vocabulary, put together on the device.
+"""Write captions as rows of the vocabulary, put together on the device.
 
 ``words.json`` has the CLIP token ids of every word: the trainers run where there is no ComfyUI to ask. Its tokenizer wrote it:
 
@@ -32,7 +32,7 @@ PLACES = {
 
 
 class Vocabulary:
-    """The words, their token ids and the rows of the token table that the model keeps."""
+    """Know the words, their token ids and the rows of the token table that the model keeps."""
 
     def __init__(self) -> None:
         self.words: dict[str, list[int]] = json.loads((HERE / "words.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Random numbers of one seed, drawn on the device: the same seed gives the same scenes, whatever else draws numbers."""
+"""Draw the random numbers of one seed on the device: the same seed gives the same scenes, whatever else draws numbers."""
 
 from __future__ import annotations
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 Packed = dict[str, Tensor]
 
-BLOCK = 256  # numbers that share a scale
-FINE, COARSE = 7, 3  # levels on each side of zero: about four and three bits
-LOG_STEP, LOG_LOW, LOG_HIGH = 1.0, -8, 7  # steps of a variance's logarithm (base 2), of which few are far from zero
+# Numbers that share a scale, and levels on each side of zero: less than four bits. Of what is rounded, the momentum moves the
+# next steps most, and a variance, whose root divides it, least.
+BLOCK, LEVELS = 256, 7
+LOG_STEP, LOG_LOW, LOG_HIGH = 2.0, -8, 7  # steps of a variance's logarithm (base 2), of which few are far from zero
 
 
 def _squeeze(numbers: Tensor) -> Tensor:
@@ -58,17 +59,16 @@ def unpack_rounded(packed: Packed) -> Tensor:
 # -------------------------------------------------------------------------------------------------- blocks of few bits
 
 
-def pack_blocks(vector: Tensor, most: int = FINE) -> Packed:
-    """Keep numbers in levels of the largest of their block, ``most`` on each side: what the next steps outweigh."""
+def pack_blocks(vector: Tensor) -> Packed:
+    """Keep numbers in 15 levels of the largest of their block: differences and momenta, whose errors the next steps outweigh."""
     padded = torch.nn.functional.pad(vector, (0, -len(vector) % BLOCK)).view(-1, BLOCK)
-    scale = padded.abs().amax(1, keepdim=True) / most
-    levels = (padded / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(-most, most) + most
-    packed = {"levels": _squeeze(levels.byte().flatten()[: len(vector)]), "scale": _squeeze(scale.flatten())}
-    return packed | {"most": torch.tensor([most], dtype=torch.uint8)}
+    scale = padded.abs().amax(1, keepdim=True) / LEVELS
+    levels = (padded / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(-LEVELS, LEVELS) + LEVELS
+    return {"levels": _squeeze(levels.byte().flatten()[: len(vector)]), "scale": _squeeze(scale.flatten())}
 
 
 def unpack_blocks(packed: Packed) -> Tensor:
-    levels = _expand(packed["levels"]).float() - packed["most"].item()
+    levels = _expand(packed["levels"]).float() - LEVELS
     scale = _expand(packed["scale"], torch.float32)
     return levels * scale.repeat_interleave(BLOCK)[: len(levels)]
 
@@ -82,7 +82,7 @@ def _product(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def pack_variances(tensors: Sequence[Tensor]) -> Packed:
-    """Keep Adam's second moments: of a matrix its means and, in powers of two, how far each number is from their product."""
+    """Keep Adam's second moments: of a matrix its means and, in powers of four, how far each number is from their product."""
     factors, levels = [], []
     for tensor in tensors:
         if tensor.ndim < 2:

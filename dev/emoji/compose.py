@@ -24,7 +24,7 @@ _CUT_SHARE = 0.10  # of the items in scenes with clutter: most of them is missin
 
 @dataclass
 class Batch:
-    """Scenes as they are trained on."""
+    """Hold scenes as they are trained on."""
 
     images: Tensor  # [n, 3, 256, 256] in 0..1
     rows: Tensor  # [n, 77] rows of the vocabulary

@@ -1,4 +1,4 @@
-"""What the model can draw: concepts and their icons, sets of artwork, colours, styles, grounds. No imports, no side effects."""
+"""Name what the model can draw: concepts and their icons, artwork, colours, styles, grounds. No imports, no side effects."""
 
 # Set of artwork -> npm package and version; NOTICE.md has authors and licences.
 PACKAGES = {

@@ -1,4 +1,4 @@
-"""How networks lie and compute on a device: channels last, and in half precision where that is faster."""
+"""Place networks on a device, channels last, and compute in half precision where that is faster."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def generate(
 
 @dataclass
 class Found:
-    """What the judge found in the images of a run."""
+    """Hold what the judge found in the images of a run."""
 
     subjects: list[tuple[bool, bool]] = field(default_factory=list)  # for each image
     right: list[bool] = field(default_factory=list)  # both subjects, in their colours

@@ -1,4 +1,4 @@
-"""The judge: a small network that sees which concepts an image shows, where, and in which colour."""
+"""Build the judge: a small network that sees which concepts an image shows, where, and in which colour."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class JudgeBlock(nn.Module):
 
 @dataclass
 class Verdict:
-    """What the judge sees in images."""
+    """Hold what the judge sees in images."""
 
     presence: Tensor  # [B, concepts] logits: above 0, the concept is there
     colour: Tensor  # [B, objects, colours] logits

@@ -1,4 +1,4 @@
-"""Text encoder and U-Net together, the noise they are trained on and a sampler, in plain torch."""
+"""Build text encoder and U-Net together, the noise they are trained on and a sampler, in plain torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """The maths and key names of ComfyUI's CLIP text model, on the known words only."""
+    """Encode prompts with the maths and key names of ComfyUI's CLIP text model, on the known words only."""
 
     def __init__(self, words: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class TextEncoder(nn.Module):
 
 
 class Model(nn.Module):
-    """U-Net and text encoder: one graph to compile."""
+    """Join U-Net and text encoder: one graph to compile."""
 
     def __init__(self, words: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def alphas_cumprod() -> Tensor:
 
 
 class Noise:
-    """Noise levels and targets of v-prediction, drawn more often where the image is decided (sigma around 1 to 2)."""
+    """Draw noise levels and targets of v-prediction, more often where the image is decided (sigma around 1 to 2)."""
 
     def __init__(self, device: torch.device) -> None:
         share = alphas_cumprod()

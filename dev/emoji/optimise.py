@@ -1,4 +1,4 @@
-"""The optimiser of all parts: AdamW whose learning rate follows the samples, with averaged weights, and a state to go on from."""
+"""Optimise all parts: AdamW whose learning rate follows the samples, with averaged weights, and a state to go on from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EMA_DECAY = 0.999
 
 @dataclass(frozen=True)
 class Plan:
-    """How a part is trained. The learning rate depends on samples alone, so it does not matter in how many pieces."""
+    """Say how a part is trained. The learning rate depends on samples alone, so it does not matter in how many pieces."""
 
     samples: int  # of the whole training
     batch: int
@@ -34,7 +34,7 @@ class Plan:
 
 
 class Optimiser:
-    """Steps over a network's parameters. A step whose gradient is not finite is left out, without waiting for the device."""
+    """Step over a network's parameters. A step whose gradient is not finite is left out, without waiting for the device."""
 
     def __init__(self, network: nn.Module, plan: Plan, state: PartState | None) -> None:
         self.network, self.plan = network, plan

@@ -1,4 +1,4 @@
-"""One piece of the training of one part: steps until the samples are done or the time is over, and a state to go on from."""
+"""Train one part for one piece: until the samples are done or the time is over, with a state to go on from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOG_EVERY = 10.0  # seconds
 
 @dataclass
 class Setting:
-    """What the parts share."""
+    """Hold what the parts share."""
 
     device: torch.device
     composer: Composer
@@ -34,7 +34,7 @@ class Setting:
 
 
 class Part(ABC):
-    """A network and how its loss is made. What is drawn for a step depends on the seed and the step alone."""
+    """Train a network: how its loss is made. What is drawn for a step depends on the seed and the step alone."""
 
     name: str
     network: nn.Module  # on the device

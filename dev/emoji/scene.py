@@ -1,4 +1,4 @@
-"""What is in a scene, drawn at random for a whole batch: items and their looks and places, ground, style, colours.
+"""Draw at random what is in scenes, for a whole batch: items and their looks and places, ground, style, colours.
 
 No step waits for the device: numbers that decide stay tensors, and only the counts of grounds are fixed shares.
 """
@@ -29,7 +29,7 @@ BANNED = {"": (), "ink": ("white", "yellow"), "neon": ("black", "brown", "gray")
 
 @dataclass
 class Scenes:
-    """Scenes [n] of up to three items; an item is an animal or object in a look, painted when its colour is said."""
+    """Hold scenes [n] of up to three items; an item is an animal or object in a look, painted when its colour is said."""
 
     count: Tensor  # [n] items that are there: the first ones
     style: Tensor  # [n] of STYLES

@@ -1,4 +1,4 @@
-"""The prompts that are measured: Attend-and-Excite's three sets, with every pair that the vocabulary has."""
+"""Name the prompts that are measured: Attend-and-Excite's three sets, with every pair that the vocabulary has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SETS = {"animal-animal": 66, "animal-object": 144, "object-object": 66}
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt of two subjects: concepts, and the colours of objects."""
+    """Hold a prompt of two subjects: concepts, and the colours of objects."""
 
     kind: str
     subjects: tuple[tuple[str, str | None], tuple[str, str | None]]

@@ -1,4 +1,4 @@
-"""The one file that training goes on from: the three parts' weights, averages and optimiser, in less than 40 MB.
+"""Keep the one file that training goes on from: the three parts' weights, averages and optimiser, in less than 40 MB.
 
 Only the part that was trained last keeps its optimiser, and a part that is trained to the end is only its weights.
 """
@@ -26,7 +26,7 @@ PARTS = ("vae", "judge", "model")
 
 @dataclass
 class Moments:
-    """Adam's memory, in the order of the parameters."""
+    """Hold Adam's memory, in the order of the parameters."""
 
     momentum: list[Tensor]
     variance: list[Tensor]
@@ -34,7 +34,7 @@ class Moments:
 
 @dataclass
 class PartState:
-    """One part: parameters in the order of the network's own, its other numbers, and how far it is."""
+    """Hold one part: parameters in the network's order, its other numbers, and how far it is."""
 
     weights: list[Tensor]
     buffers: dict[str, Tensor] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class PartState:
                 away = codec.flat(self.weights) - codec.unpack_rounded(packed["average"])
                 packed["away"] = codec.pack_blocks(away)
         if self.moments is not None and optimiser:
-            packed["momentum"] = codec.pack_blocks(codec.flat(self.moments.momentum), codec.COARSE)
+            packed["momentum"] = codec.pack_blocks(codec.flat(self.moments.momentum))
             packed["variance"] = codec.pack_variances(self.moments.variance)
         packed["buffers"] = self.buffers
         return {f"{group}/{name}": value for group, tensors in packed.items() for name, value in tensors.items()}

@@ -24,7 +24,7 @@ VOTES = 20.0  # weight of the cells' votes: composed scenes say where everything
 
 
 class JudgePart(Part):
-    """The judge in training."""
+    """Train the judge."""
 
     name = "judge"
 

@@ -23,7 +23,7 @@ FIRST = 16  # batches in the pool before the first step
 
 
 class Pool:
-    """Latents and captions of the newest scenes. Which these are depends on the step alone, so a resumed run has the same."""
+    """Keep latents and captions of the newest scenes. Which these are depends on the step alone: a resumed run has the same."""
 
     def __init__(self, part: ModelPart) -> None:
         setting, self.part, self.batch = part.setting, part, part.plan.batch
@@ -52,7 +52,7 @@ class Pool:
 
 
 class ModelPart(Part):
-    """U-Net and text encoder in training."""
+    """Train U-Net and text encoder."""
 
     name = "model"
 

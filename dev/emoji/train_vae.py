@@ -32,7 +32,7 @@ def image_loss(decoded: Tensor, image: Tensor) -> Tensor:
 
 
 class Normalised(nn.Module):
-    """The VAE with its latents brought to mean 0 and deviation 1 while it is trained."""
+    """Bring the VAE's latents to mean 0 and deviation 1 while it is trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Normalised(nn.Module):
 
 
 class VaePart(Part):
-    """The VAE in training."""
+    """Train the VAE."""
 
     name = "vae"
 

@@ -1,4 +1,4 @@
-"""The U-Net in plain torch: the maths and key names of ComfyUI's UNetModel, which the trainers' machine need not have."""
+"""Build the U-Net in plain torch: the maths and key names of ComfyUI's UNetModel, which the trainers' machine need not have."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _run(parts: nn.Module, h: Tensor, embedding: Tensor, context: Tensor) -> Ten
 
 
 class UNet(nn.Module):
-    """LDM's U-Net in the layout's size, built level by level; every residual branch starts at zero."""
+    """Build LDM's U-Net in the layout's size, level by level; every residual branch starts at zero."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -43,9 +43,8 @@ def test_packed_numbers_come_back_as_near_as_their_bits_allow():
     half = codec.unpack_rounded(codec.pack_rounded(vector, torch.float16))
     assert torch.equal(half, vector.half().float())
     assert torch.equal(codec.unpack_rounded(codec.pack_rounded(vector, torch.bfloat16)), vector.bfloat16().float())
-    for most in (codec.FINE, codec.COARSE):
-        away = (codec.unpack_blocks(codec.pack_blocks(vector, most)) - vector).abs()
-        assert away.max() <= vector.abs().max() / most / 2 * 1.001
+    away = (codec.unpack_blocks(codec.pack_blocks(vector)) - vector).abs()
+    assert away.max() <= vector.abs().max() / codec.LEVELS / 2 * 1.001
     variances = [noise(8, 4, 3, 3, seed=1).square() * 1e-8, noise(8, seed=2).square(), torch.zeros(4, 5)]
     back = codec.unpack_variances(codec.pack_variances(variances), variances)
     assert torch.equal(back[1], variances[1]) and back[2].max() < 1e-20
@@ -59,12 +58,12 @@ def test_a_whole_state_stays_below_its_size():
     sizes = {
         "average": codec.pack_rounded(numbers.flatten() * 0.03, torch.bfloat16),
         "away": codec.pack_blocks(numbers.flatten()),
-        "momentum": codec.pack_blocks(numbers.flatten(), codec.COARSE),
+        "momentum": codec.pack_blocks(numbers.flatten()),
         "variance": codec.pack_variances([torch.exp(numbers)]),
         "weights": codec.pack_rounded(numbers.flatten() * 0.03, torch.float16),
     }
     bytes_each = {name: sum(part.numel() for part in packed.values()) / count for name, packed in sizes.items()}
-    numbers_of = {part: sum(tensor.numel() for tensor in state.shapes(part)) for part in state.PARTS}
+    numbers_of = {part: sum(one.numel() for one in state.shapes(part) if one.requires_grad) for part in state.PARTS}
     finished = bytes_each.pop("weights")
     whole = numbers_of["model"] * sum(bytes_each.values()) + (numbers_of["vae"] + numbers_of["judge"]) * finished
     assert whole < state.MOST_BYTES, (whole, bytes_each)
@@ -143,18 +142,19 @@ def test_a_resumed_run_is_nearly_the_run_without_a_stop(setting, small_model, tm
         return dataclasses.replace(made, weights=[value.clone() for value in made.weights])
 
     path = tmp_path / "state.safetensors"
-    half = go_on(None, 3)
+    half = go_on(None, 2)
     state.save(path, {"model": half}, "model")
-    whole = go_on(None, 6)
+    whole = go_on(None, 4)
     saved = state.load(path)["model"]
-    resumed, cold = go_on(saved, 3), go_on(dataclasses.replace(saved, moments=None), 3)
-    assert (resumed.steps, resumed.samples, resumed.finished) == (6, 12, False)
+    exact, resumed, cold = go_on(half, 2), go_on(saved, 2), go_on(dataclasses.replace(saved, moments=None), 2)
+    assert (resumed.steps, resumed.samples, resumed.finished) == (4, 8, False)
     moved = distance(whole, half)
+    assert distance(exact, whole) == 0
     assert distance(saved, half) < 0.03 * moved
-    assert distance(resumed, whole) < 0.25 * moved
-    assert distance(cold, whole) > 1.5 * distance(resumed, whole)
+    assert distance(resumed, whole) < 0.3 * moved
+    assert distance(cold, whole) > 3 * distance(resumed, whole)
     averages = [codec.flat(one.average) for one in (resumed, whole, half)]
-    assert (averages[0] - averages[1]).norm() < 0.25 * (averages[1] - averages[2]).norm()
+    assert (averages[0] - averages[1]).norm() < 0.3 * (averages[1] - averages[2]).norm()
 
 
 def test_the_parts_are_trained_in_turn_from_one_file(setting, small_model, tmp_path, capsys):
