@@ -94,13 +94,15 @@ def guidance_inputs() -> list[io.Input]:
                 "contrast of its map, which helps with several subjects of one kind.",
             )
         ),
-        io.Float.Input(
-            "overlap",
-            default=0.0,
-            min=0.0,
-            max=100.0,
-            step=0.05,
-            tooltip="Also keeps subjects apart: weight of the penalty on overlapping maps. Try 1 if two subjects merge into one.",
+        advanced(
+            io.Float.Input(
+                "overlap",
+                default=0.0,
+                min=0.0,
+                max=100.0,
+                step=0.05,
+                tooltip="Also keeps subjects apart: weight of the penalty on overlapping maps. Try 1 if two subjects merge into one.",
+            )
         ),
         advanced(
             io.Float.Input(

@@ -24,10 +24,12 @@ from .subjects import GuidedPrompt
 
 @dataclass
 class Counts:
-    """What one run did: guided steps, refinements of the whole batch, nudges left out, and images whose threshold was missed."""
+    """What one run did: guided steps, refinements of the whole batch, gradient passes of single images, nudges left out, and
+    images whose threshold was missed."""
 
     guided: int = 0
     refinements: int = 0
+    passes: int = 0
     skipped: int = 0
     missed: dict[float, int] = field(default_factory=dict)  # threshold -> images
 
@@ -177,6 +179,7 @@ class ExciteRun:
             strengths.append(objective.strengths if found is not None else torch.full_like(objective.strengths, math.nan))
             if found is None:
                 continue
+            self.counts.passes += len(rows)
             lacking = lack(objective.strengths[rows.cpu()])
             if best is None:
                 best, weakest = found, lacking
@@ -201,6 +204,7 @@ class ExciteRun:
         counts = self.counts
         text = f"Attend-and-Excite: {counts.guided} guided steps, {counts.refinements} refinements"
         if self.first is not None and self.last is not None:
+            text += f", {counts.passes / len(self.last):.1f} gradient passes an image"
             image, subject = divmod(int(self.first.argmin()), self.first.shape[1])
             before, after = (float(values[image, subject]) for values in (self.first, self.last))
             text += f', weakest subject "{self.names[subject]}" {before:.2f} -> {after:.2f}'

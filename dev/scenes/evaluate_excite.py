@@ -1,16 +1,23 @@
 """Measure whether Attend-and-Excite puts every subject into the image: plain and guided runs of the same prompts and noise.
 
     python dev eval excite [--prompts N] [--objects 2|3] [--mark WORDS] [--steps N] [--cfg X] [--seed N] [--only NAME ...]
+                           [--json FILE]
 
-Three objects by default: of two, the model forgets one too seldom to tell methods apart.
-Every run is a real ``SamplerCustomAdvanced``; images are judged by ``detect``, whose settings no run knows.
+Three objects by default: of two, the model forgets one too seldom to tell methods apart. Subjects are phrases of two tokens; with
+``--mark mixed``, one of one, one of two and one of three tokens. Every run is a real ``SamplerCustomAdvanced``; images are judged
+by ``detect``, whose settings no run knows. What it costs is counted in gradient passes, which do not depend on the machine. With
+``--json`` every batch is kept, and a run that was cut off goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import logging
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +35,7 @@ SHIPPED: dict[str, Any] = {"attention_grid": 16, "layers": "output"}
 RUNS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "shipped": SHIPPED,
+    "higher thresholds": {**SHIPPED, "thresholds": "0:0.05, 0.2:0.9, 0.4:0.95"},
     "published layers": {},
     "attention_grid 16": {"attention_grid": 16},
     "overlap 0.5": {**SHIPPED, "overlap": 0.5},
@@ -35,68 +43,137 @@ RUNS: dict[str, dict[str, Any] | None] = {
     "divide-and-bind": {**SHIPPED, "loss": "divide-and-bind", "scale_factor": 1.0},
 }
 
+# How an object of the caption is marked as a subject, by the words of it that are: one, two or three tokens.
+FORMS = {"colour": "a [{}] {}", "shape": "a {} [{}]", "both": "a [{} {}]", "all": "[a {} {}]"}
+_MIXED = [("shape", "both", "all"), ("both", "all", "colour"), ("all", "shape", "both"), ("colour", "both", "all")]
+
+
+def forms_of(number: int, objects: int, mark: str) -> tuple[str, ...]:
+    """Return the form of each object of prompt ``number``; of ``mixed`` marks, the prompts take turns in who has how many."""
+    return _MIXED[number % len(_MIXED)][:objects] if mark == "mixed" else (mark,) * objects
+
+
+def marked_text(prompt: Prompt, forms: Sequence[str]) -> str:
+    """Put the caption's subjects in brackets."""
+    return " and ".join(FORMS[form].format(*item) for form, item in zip(forms, prompt.items, strict=True))
+
 
 @torch.inference_mode()
-def marked_conditioning(clip: Any, chosen: Sequence[Prompt], mark: str) -> list:
+def marked_conditioning(clip: Any, chosen: Sequence[Prompt], forms: Sequence[str]) -> list:
     """Encode the prompts as one batch. Their words are one token each, so all subjects are where the first prompt's are."""
     encode = pack_nodes()["FoveaPrompt"].execute
-    encoded = [encode(clip, marked_text(prompt, mark))[0][0] for prompt in chosen]
+    encoded = [encode(clip, marked_text(prompt, forms))[0][0] for prompt in chosen]
     return [[torch.cat([tokens for tokens, _ in encoded]), encoded[0][1]]]
 
 
-def marked_text(prompt: Prompt, mark: str) -> str:
-    """Put the caption's subjects in brackets: their ``shape`` words, ``colour`` words, or ``both`` as a phrase."""
-    forms = {"shape": "a {} [{}]", "colour": "a [{}] {}", "both": "a [{} {}]"}
-    return " and ".join(forms[mark].format(colour, shape) for colour, shape in prompt.items)
+def batches(numbers: Sequence[int], objects: int, mark: str, size: int) -> Iterator[list[int]]:
+    """Yield the prompts' numbers in batches, whose prompts have one form each."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for number in numbers:
+        groups.setdefault(forms_of(number, objects, mark), []).append(number)
+    for group in groups.values():
+        yield from (group[start : start + size] for start in range(0, len(group), size))
+
+
+@contextmanager
+def counted_passes() -> Iterator[list[float]]:
+    """Collect the gradient passes an image that guided runs tell in the log."""
+    found: list[float] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told = re.search(r"([\d.]+) gradient passes an image", record.getMessage())
+            if told:
+                found.append(float(told[1]))
+
+    log, listener = logging.getLogger("fovea"), Listener()
+    level = log.level
+    log.addHandler(listener)
+    log.setLevel(logging.INFO)
+    try:
+        yield found
+    finally:
+        log.removeHandler(listener)
+        log.setLevel(level)
 
 
 @torch.inference_mode()
 def generate(
-    model: Any, clip: Any, vae: Any, chosen: Sequence[Prompt], settings: dict[str, Any] | None, *, steps: int, cfg: float,
-    seed: int, batch: int = 16, mark: str = "both",
-) -> tuple[Tensor, float]:  # fmt: skip
-    """Generate images [N, 256, 256, 3] and time the sampling. Prompt number i gets noise number i of ``seed``."""
+    model: Any, clip: Any, vae: Any, chosen: Sequence[Prompt], numbers: Sequence[int], settings: dict[str, Any] | None, *,
+    steps: int, cfg: float, seed: int, mark: str,
+) -> tuple[Tensor, float, float]:  # fmt: skip
+    """Generate one batch of images [N, 256, 256, 3]; return the seconds of its sampling and its gradient passes an image as well.
+
+    Prompt number i gets noise number i of ``seed``.
+    """
     import nodes
 
     run = evaluate.sampling_node
-    negative, images, seconds = evaluate.encode(clip, [""]), [], 0.0
+    negative = evaluate.encode(clip, [""])
     sigmas = run("BasicScheduler", model=model, scheduler="normal", steps=steps, denoise=1.0)
     sampler = run("KSamplerSelect", sampler_name="euler")
     noise = run("RandomNoise", noise_seed=seed)
-    for start in range(0, len(chosen), batch):
-        part = chosen[start : start + batch]
-        latent = nodes.EmptyLatentImage().generate(evaluate.SIDE, evaluate.SIDE, len(part))[0]
-        latent["batch_index"] = list(range(start, start + len(part)))
-        positive = marked_conditioning(clip, part, mark)
-        if settings is None:
-            guider = run("CFGGuider", model=model, positive=positive, negative=negative, cfg=cfg)
-        else:
-            guider = pack_nodes()["AttendExciteGuider"].execute(model, positive, negative, cfg=cfg, **settings)[0]
-        began = time.perf_counter()
+    latent = nodes.EmptyLatentImage().generate(evaluate.SIDE, evaluate.SIDE, len(numbers))[0]
+    latent["batch_index"] = list(numbers)
+    part = [chosen[number] for number in numbers]
+    positive = marked_conditioning(clip, part, forms_of(numbers[0], len(part[0].items), mark))
+    if settings is None:
+        guider = run("CFGGuider", model=model, positive=positive, negative=negative, cfg=cfg)
+    else:
+        guider = pack_nodes()["AttendExciteGuider"].execute(model, positive, negative, cfg=cfg, **settings)[0]
+    began = time.perf_counter()
+    with counted_passes() as passes:
         sampled = run("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent)
-        seconds += time.perf_counter() - began
-        for some in sampled["samples"].split(4):
-            images.append(nodes.VAEDecode().decode(vae, {"samples": some})[0].float().cpu().clamp(0, 1))
-    return torch.cat(images), seconds
+    seconds = time.perf_counter() - began
+    images = [
+        nodes.VAEDecode().decode(vae, {"samples": some})[0].float().cpu().clamp(0, 1) for some in sampled["samples"].split(4)
+    ]
+    return torch.cat(images), seconds, sum(passes)
+
+
+def judged(images: Tensor, part: Sequence[Prompt], seconds: float, passes: float) -> list[dict[str, Any]]:
+    """Return what was found of each image's objects, and what it took."""
+    return [
+        {
+            "present": all(finding.present for finding in found),
+            "right": all(finding.right for finding in found),
+            "seconds": seconds / len(part),
+            "passes": passes,
+        }
+        for found in evaluate.score(images, part)
+    ]
+
+
+def line_of(name: str, found: Sequence[dict[str, Any]]) -> str:
+    """Return a row of the table: shares with their 95 % intervals, and what an image took."""
+    text = f"  {name:20s}"
+    for key in ("present", "right"):
+        share = evaluate.share([image[key] for image in found])
+        text += f" {key} {share['share']:.3f} ({share['low']:.3f} to {share['high']:.3f}) "
+    passes, seconds = (sum(image[key] for image in found) / len(found) for key in ("passes", "seconds"))
+    return f"{text} {passes:5.1f} gradient passes, {seconds:.2f} s an image, {len(found)} images"
 
 
 def compare(
-    model: Any, clip: Any, vae: Any, chosen: Sequence[Prompt], runs: dict[str, dict[str, Any] | None], **sampling: Any
-) -> dict[str, dict[str, Any]]:
-    """Measure the shares and times of every run, printed as they come."""
-    report: dict[str, dict[str, Any]] = {}
+    model: Any, clip: Any, vae: Any, chosen: Sequence[Prompt], runs: dict[str, dict[str, Any] | None], *, batch: int,
+    kept: dict[str, dict[str, Any]], keep: Any = None, **sampling: Any,
+) -> None:  # fmt: skip
+    """Measure every run, printed as it ends.
+
+    Args:
+        kept: run -> number of a prompt -> what was found, which is left out here and completed.
+        keep: called after each batch.
+    """
     for name, settings in runs.items():
-        images, seconds = generate(model, clip, vae, chosen, settings, **sampling)
-        findings = evaluate.score(images, chosen)
-        both = evaluate.share([all(f.present for f in image) for image in findings])
-        right = evaluate.share([all(f.right for f in image) for image in findings])
-        report[name] = {"present": both, "right": right, "seconds": seconds / len(chosen)}
-        print(
-            f"  {name:28s} subjects present {both['share']:.3f} ({both['low']:.3f} to {both['high']:.3f})  "
-            f"right {right['share']:.3f} ({right['low']:.3f} to {right['high']:.3f})  {seconds / len(chosen):.2f} s an image",
-            flush=True,
-        )
-    return report
+        found = kept.setdefault(name, {})
+        left = [number for number in range(len(chosen)) if str(number) not in found]
+        for numbers in batches(left, len(chosen[0].items), sampling["mark"], batch):
+            images, seconds, passes = generate(model, clip, vae, chosen, numbers, settings, **sampling)
+            results = judged(images, [chosen[number] for number in numbers], seconds, passes)
+            found.update(zip(map(str, numbers), results, strict=True))
+            if keep is not None:
+                keep()
+        print(line_of(name, [found[str(number)] for number in range(len(chosen))]), flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,13 +182,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, default=evaluate.CHECKPOINT)
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--objects", type=int, choices=(2, 3), default=3)
-    parser.add_argument("--mark", choices=("colour", "shape", "both"), default="both", help="the words that are the subjects")
+    parser.add_argument(
+        "--mark",
+        choices=("mixed", *FORMS),
+        default="both",
+        help="the words that are the subjects",
+    )
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--cfg", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--only", nargs="+", choices=list(RUNS), help="these runs only")
-    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--json", type=Path, help="keep all findings here, and go on from what is there")
     args = parser.parse_args(argv)
     start_host()
     import comfy.utils
@@ -123,10 +205,15 @@ def main(argv: list[str] | None = None) -> None:
         f"{args.prompts} prompts of {args.objects}, {args.steps} steps, cfg {args.cfg:g}, seed {args.seed}, subjects: {args.mark}"
     )
     runs = {name: RUNS[name] for name in args.only} if args.only else RUNS
-    sampling = {"steps": args.steps, "cfg": args.cfg, "seed": args.seed, "batch": args.batch, "mark": args.mark}
-    report = compare(model, clip, vae, chosen, runs, **sampling)
-    if args.json:
-        evaluate.write_json(args.json, {**sampling, "objects": args.objects, "runs": report})
+    sampling = {"steps": args.steps, "cfg": args.cfg, "seed": args.seed, "mark": args.mark}
+    report: dict[str, Any] = {**sampling, "objects": args.objects, "runs": {}}
+    if args.json and args.json.exists():
+        before = json.loads(args.json.read_text())
+        if {**before, "runs": {}} != report:
+            raise SystemExit(f"{args.json} is of other prompts or settings: { ({**before, 'runs': {}}) }. Name another file.")
+        report = before
+    keep = (lambda: evaluate.write_json(args.json, report)) if args.json else None
+    compare(model, clip, vae, chosen, runs, batch=args.batch, kept=report["runs"], keep=keep, **sampling)
 
 
 if __name__ == "__main__":

@@ -146,6 +146,19 @@ def test_each_run_is_guided_by_its_own_prompt(node_classes, caplog):
         with_k_sampler(guided, unmarked, first, latent, steps=2)
 
 
+def test_other_guiders_are_guided_by_their_positive_prompt(node_classes, caplog):
+    caplog.set_level("INFO", logger="fovea")
+    guided = node_classes["FoveaAttendExcite"].execute(small_model(), subjects="2, 5", thresholds="")[0]
+    run = evaluate.sampling_node
+    with torch.inference_mode():
+        basic = run("BasicGuider", model=guided, conditioning=cond(1))
+        dual = {"cond1": cond(1), "cond2": cond(3), "negative": cond(2), "cfg_conds": 4.0, "cfg_cond2_negative": 2.0}
+        both_prompts = run("DualCFGGuider", model=guided, style="regular", **dual)
+    for guider in (basic, both_prompts):
+        with_guider(guider, guided, start(), steps=2)
+    assert sum(line.startswith("Attend-and-Excite: 1 guided steps") for line in caplog.messages) == 2
+
+
 def test_what_cannot_be_guided_is_refused_before_sampling(node_classes, monkeypatch):
     monkeypatch.setattr(comfy.samplers.CFGGuider, "outer_sample", lambda *_, **__: pytest.fail("sampling has begun"))
     guided = node_classes["FoveaAttendExcite"].execute(small_model(), **BRIEF)[0]
