@@ -101,7 +101,8 @@ def guidance_inputs() -> list[io.Input]:
                 min=0.0,
                 max=100.0,
                 step=0.05,
-                tooltip="Also keeps subjects apart: weight of the penalty on overlapping maps. Try 1 if two subjects merge into one.",
+                tooltip="Also keeps subjects apart: weight of the penalty on overlapping maps. Try 1 if two subjects merge into "
+                "one.",
             )
         ),
         advanced(
