@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ._types import AttnMapsSocket
 from ._workflow import origin_of
 
 _SUFFIX = ".attn.safetensors"
+_IS_MAPS = re.compile(r"\.attn( \(\d+\))?\.safetensors$")  # ComfyUI numbers an upload whose name is taken
 _FOLDER = "attention"  # below the output folder; what Save writes there by default can be loaded without moving it
 
 
@@ -132,7 +134,7 @@ def _files() -> list[str]:
 
 def _names(folder: str) -> list[str]:
     """Files in a folder and its subfolders, those of the folder itself first."""
-    found = [os.path.join(path, name) for path, _, names in os.walk(folder) for name in names if name.endswith(_SUFFIX)]
+    found = [os.path.join(path, name) for path, _, names in os.walk(folder) for name in names if _IS_MAPS.search(name)]
     names = [Path(os.path.relpath(path, folder)).as_posix() for path in found if os.path.isfile(path)]
     return sorted(names, key=lambda name: ("/" in name, name))
 
@@ -145,7 +147,7 @@ def _existing_file(name: str) -> Path:
             "file: no file is chosen. Save attention maps with Save Attention Maps, or put a file in the input folder."
         )
     path = _inside(folder or folder_paths.get_input_directory(), plain, "file")
-    if not plain.endswith(_SUFFIX) or not path.is_file():
+    if not _IS_MAPS.search(plain) or not path.is_file():
         raise ValueError(f"file: there is no file {name!r}. Choose one that Save Attention Maps wrote (ending in {_SUFFIX}).")
     return path
 

@@ -3,8 +3,9 @@
 
 import { app } from "../../scripts/app.js";
 
-const WIDTHS = { TGateCache: 330, DiTSampler: 220, FoveaTileCrop: 200 };
+const WIDTHS = { TGateCache: 330, AttentionDistillSampler: 340, DiTSampler: 260, FoveaTileCrop: 200 };
 const LEAST = 300; // with settings
+const SHOWS_ALL = "Comfy.Node.AlwaysShowAdvancedWidgets"; // only front ends that hide advanced settings have it
 
 /** Height of a node without its advanced settings. */
 function heightWithout(advanced, node) {
@@ -19,8 +20,8 @@ function heightWithout(advanced, node) {
 function fit(node) {
   const width = Math.max(node.size[0], WIDTHS[node.comfyClass] ?? (node.widgets?.length ? LEAST : 0));
   const advanced = (node.widgets ?? []).filter((each) => (each.options?.advanced ?? each.advanced) && !each.hidden);
-  const onPage = globalThis.LiteGraph?.vueNodesMode;
-  node.setSize([width, onPage && advanced.length ? heightWithout(advanced, node) : node.size[1]]);
+  const hides = globalThis.LiteGraph?.vueNodesMode && app.extensionManager?.setting?.get?.(SHOWS_ALL) === false;
+  node.setSize([width, hides && advanced.length ? heightWithout(advanced, node) : node.size[1]]);
 }
 
 app.registerExtension({

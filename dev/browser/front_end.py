@@ -76,6 +76,14 @@ IMAGE = """([id, index]) => {
   return [corner.left + (node.pos[0] + left + ds.offset[0]) * ds.scale,
           corner.top + (node.pos[1] + top + ds.offset[1]) * ds.scale, width * ds.scale, height * ds.scale];
 }"""
+# The middle of a widget that is drawn on the canvas, in the window.
+WIDGET = """([id, name]) => {
+  const node = app.graph.getNodeById(id), widget = node.widgets.find((each) => each.name === name);
+  const { ds, canvas } = app.canvas, corner = canvas.getBoundingClientRect();
+  const height = widget.computedHeight ?? LiteGraph.NODE_WIDGET_HEIGHT;
+  return [corner.left + (node.pos[0] + node.size[0] / 2 + ds.offset[0]) * ds.scale,
+          corner.top + (node.pos[1] + widget.y + height / 2 + ds.offset[1]) * ds.scale];
+}"""
 STILL_IMAGE = f"""async ([wanted, patience]) => {{
   const image = {IMAGE}, end = performance.now() + patience;
   while (performance.now() < end) {{
@@ -234,6 +242,21 @@ class FrontEnd:
         self.read_out.wait_for(state="visible")
         cells = "(box) => [...box.children].map((row) => [...row.children].map((cell) => cell.textContent))"
         return [(row[0], float(row[2].removesuffix(" %"))) for row in self.read_out.evaluate(cells) if row]
+
+    def press(self, node: str, widget: str) -> None:
+        """Press a button of a node, in the middle of where the front end draws it."""
+        self.centre(node)
+        self.page.wait_for_timeout(200)
+        shown = self.page.locator(f'[data-node-id="{node}"]').get_by_role("button", name=widget)
+        if shown.count():
+            shown.first.click()
+        else:
+            self.page.mouse.click(*self.page.evaluate(WIDGET, [node, widget]))
+
+    @property
+    def node_texts(self) -> Locator:
+        """The lines of a run that our script shows on nodes."""
+        return self.page.locator(".fovea-text").filter(visible=True)
 
     # -- finding
 

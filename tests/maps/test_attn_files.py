@@ -76,6 +76,15 @@ def test_the_list_shows_files_of_the_input_folder_and_saved_ones(files: Any, map
     assert schema.inputs[0].options == ["shared.attn.safetensors", "attention/maps_00001_.attn.safetensors [output]"]
 
 
+def test_an_upload_that_comfyui_has_numbered_is_listed_and_loaded(files: Any, maps: Any) -> None:
+    """As ComfyUI renames a file whose name is taken: the number comes before the last suffix."""
+    name = "shared.attn (1).safetensors"
+    save(files, maps).rename(Path(folder_paths.get_input_directory(), name))
+    assert files.FoveaLoadAttnMaps.define_schema().inputs[0].options == [name]
+    assert files.FoveaLoadAttnMaps.validate_inputs(name) is True
+    assert isinstance(files.FoveaLoadAttnMaps.execute(name)[0], type(maps))
+
+
 def test_an_empty_host_has_an_empty_list(files: Any) -> None:
     assert files.FoveaLoadAttnMaps.define_schema().inputs[0].options == []
     assert "no file is chosen" in files.FoveaLoadAttnMaps.validate_inputs("")
