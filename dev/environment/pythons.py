@@ -62,10 +62,18 @@ def pip_download(python: Path, pin: HostPin, folder: Path, log: Path) -> None:
 
 
 def asks(python: Path, code: str, timeout: float = 180) -> str | None:
-    """Return what `code` prints in that Python, or None when it cannot run it."""
+    """Return what `code` prints in that Python, or None when it cannot run it.
+
+    Raises:
+        SetupError: it has not ended in time, as on a machine that is busy: that does not make an environment broken.
+    """
     command = [str(python), "-c", code]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=clean_env(), cwd=DEV)
+    except subprocess.TimeoutExpired as error:
+        raise SetupError(
+            f"{python} did not answer within {timeout:.0f} s", "Try again when the machine has less to do; nothing was changed."
+        ) from error
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip() if result.returncode == 0 else None
