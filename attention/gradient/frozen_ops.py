@@ -24,7 +24,7 @@ from .. import host
 from .missing import is_about_gradients, no_gradient
 from .plain import differentiable, has_gradient, plain_tensor, plain_tensors_in
 from .rerun import is_floating, put_back, requires_gradient, rerun, taken_out
-from .rules import Rule, convolution, rule_of
+from .rules import InputGradient, Rule, rule_of
 
 Forward = Callable[..., Any]
 
@@ -36,14 +36,15 @@ class _Convolution(torch.autograd.Function):
     """Torch's own would keep the input for the gradient of the weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.module, ctx.weight, ctx.shape = module, weight, x.shape
+    def forward(ctx: Any, x: Tensor, module: Any, weight: Tensor, bias: Tensor | None, backward: InputGradient) -> Tensor:
+        ctx.found = backward, module, weight, x.shape
         result: Tensor = module._conv_forward(x, weight, bias)
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return convolution(ctx.module, gradient, None, ctx.weight, None, ctx.shape), None, None, None
+        backward, module, weight, shape = ctx.found
+        return backward(module, gradient, weight, shape), None, None, None, None
 
 
 def _resident_forward(module: Any, adds_in_place: bool) -> Forward | None:
@@ -54,10 +55,11 @@ def _resident_forward(module: Any, adds_in_place: bool) -> Forward | None:
     if isinstance(module, nn.Linear):
         return lambda x: F.linear(x, weight, bias)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        backward = InputGradient()
 
         def convolve(x: Tensor) -> Any:
             if x.requires_grad and torch.is_grad_enabled():
-                return _Convolution.apply(x, module, weight, bias)
+                return _Convolution.apply(x, module, weight, bias, backward)
             return module._conv_forward(x, weight, bias)
 
         return convolve
@@ -176,7 +178,10 @@ class Lanes:
     def __init__(self, network: nn.Module, *, residents: bool = True) -> None:
         self.modules = [module for module in network.modules() if host.holds_weights(module)]
         self.residents = residents
-        self._known: dict[nn.Module, tuple[Any, Forward]] = {}
+        self._states: list[tuple[Any, ...]] = []
+        self._found: list[tuple[nn.Module, Forward]] = []
+        self._held: list[list[Any]] = []  # parameters whose identity is part of a state
+        self._adds_in_place = False
 
     def forwards(self, *, adds_in_place: bool) -> list[tuple[nn.Module, Forward]]:
         """Return a new forward for every layer with weights, whose state is looked up now.
@@ -184,23 +189,24 @@ class Lanes:
         Args:
             adds_in_place: this call of a convolutional network changes its feature maps in place (ControlNet's residuals, FreeU).
         """
+        states = host.weight_states(self.modules)
+        if states == self._states and adds_in_place == self._adds_in_place:
+            return self._found
+        known = dict(self._found) if adds_in_place == self._adds_in_place else {}
+        before = self._states if known else [()] * len(states)
         found = []
-        for module in self.modules:
-            state = (adds_in_place, *host.weight_state(module))
-            known = self._known.get(module)
-            if known is None or known[0] != state:
-                forward = self._forward(module, adds_in_place)
-                if forward is None:
-                    continue
-                known = self._known[module] = (state, forward)
-            found.append((module, known[1]))
+        for module, state, old in zip(self.modules, states, before, strict=True):
+            forward = known[module] if state == old else self._forward(module, adds_in_place)
+            found.append((module, forward))
+        self._states, self._found, self._adds_in_place = states, found, adds_in_place
+        self._held = [[*module._parameters.values()] for module in self.modules]
         return found
 
     def forget(self) -> None:
         """Let go of the weights' memory."""
-        self._known.clear()
+        self._states, self._found, self._held = [], [], []
 
-    def _forward(self, module: nn.Module, adds_in_place: bool) -> Forward | None:
+    def _forward(self, module: nn.Module, adds_in_place: bool) -> Forward:
         if host.is_own_operation(module):
             if self.residents and host.is_resident(module):
                 forward = _resident_forward(module, adds_in_place)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .plain import plain_tensor
 
 _aten = torch.ops.aten
+_convolution_backward = _aten.convolution_backward.default
 
 # (module, gradient of the output, input or None, weight, bias, shape of the input) -> gradient of the input
 Rule = Callable[[Any, Tensor, Any, Any, Any, torch.Size], Tensor]
@@ -26,23 +27,40 @@ def _linear(module: Any, gradient: Tensor, x: Any, weight: Tensor, bias: Any, sh
     return result if smoothing is None else result * smoothing.to(result.device, result.dtype)
 
 
-def convolution(module: Any, gradient: Tensor, x: Any, weight: Tensor, bias: Any, shape: torch.Size) -> Tensor:
-    """Return the gradient of a convolution's input, in every mode of padding."""
-    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
-        return _unpadded_convolution(module, gradient, weight, shape, module.padding)
-    pads = module._reversed_padding_repeated_twice  # circular for seamless images; "same"
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = nn.functional.pad(gradient.new_empty(1, device="meta").expand(shape), pads, mode=mode).shape
-    result = _unpadded_convolution(module, gradient, weight, padded, (0,) * (gradient.ndim - 2))
-    with torch.inference_mode(False), torch.enable_grad():
-        unpadded = torch.zeros(shape, dtype=result.dtype, device=result.device, requires_grad=True)  # padding is linear
-        return torch.autograd.grad(nn.functional.pad(unpadded, pads, mode=mode), unpadded, result.clone())[0]
+class InputGradient:
+    """The gradient of a convolution's input, in every mode of padding, for one module.
+
+    The operation asks for an input, of which it reads nothing but the shape: one number, expanded, which is kept.
+    """
+
+    def __init__(self) -> None:
+        self._inputs: dict[tuple[Any, ...], Tensor] = {}
+
+    def __call__(self, module: Any, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+            return self._unpadded(module, gradient, weight, shape, module.padding)
+        pads = module._reversed_padding_repeated_twice  # circular for seamless images; "same"
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        padded = nn.functional.pad(gradient.new_empty(1, device="meta").expand(shape), pads, mode=mode).shape
+        result = self._unpadded(module, gradient, weight, padded, (0,) * (gradient.ndim - 2))
+        with torch.inference_mode(False), torch.enable_grad():
+            unpadded = torch.zeros(shape, dtype=result.dtype, device=result.device, requires_grad=True)  # padding is linear
+            return torch.autograd.grad(nn.functional.pad(unpadded, pads, mode=mode), unpadded, result.clone())[0]
+
+    def _unpadded(self, module: Any, gradient: Tensor, weight: Tensor, shape: torch.Size, padding: Any) -> Tensor:
+        key = (shape, gradient.dtype, gradient.device)
+        like = self._inputs.get(key)
+        if like is None:
+            with torch.inference_mode(False):
+                like = self._inputs[key] = torch.empty(1, dtype=gradient.dtype, device=gradient.device).expand(shape)
+        return _convolution_backward(
+            gradient, like, weight, None, module.stride, padding, module.dilation, False, (0,) * (gradient.ndim - 2),
+            module.groups, (True, False, False),
+        )[0]  # fmt: skip
 
 
-def _unpadded_convolution(module: Any, gradient: Tensor, weight: Tensor, shape: torch.Size, padding: Any) -> Tensor:
-    like_input = gradient.new_empty(1).expand(shape)
-    settings = (module.stride, padding, module.dilation, False, (0,) * (gradient.ndim - 2), module.groups, (True, False, False))
-    return _aten.convolution_backward(gradient, like_input, weight, None, *settings)[0]
+def _convolution(module: Any, gradient: Tensor, x: Any, weight: Tensor, bias: Any, shape: torch.Size) -> Tensor:
+    return InputGradient()(module, gradient, weight, shape)
 
 
 def _group_norm(module: Any, gradient: Tensor, x: Tensor, weight: Any, bias: Any, shape: torch.Size) -> Tensor:
@@ -69,9 +87,9 @@ def _rms_norm(module: Any, gradient: Tensor, x: Tensor, weight: Any, bias: Any, 
 
 # Class -> its rule, and whether the rule needs the input.
 _RULES: tuple[tuple[type[nn.Module], Rule, bool], ...] = (
-    (nn.Conv1d, convolution, False),
-    (nn.Conv2d, convolution, False),
-    (nn.Conv3d, convolution, False),
+    (nn.Conv1d, _convolution, False),
+    (nn.Conv2d, _convolution, False),
+    (nn.Conv3d, _convolution, False),
     (nn.GroupNorm, _group_norm, True),
     (nn.LayerNorm, _layer_norm, True),
     (nn.RMSNorm, _rms_norm, True),

@@ -116,7 +116,7 @@ from .weights import (
     is_own_operation,
     is_resident,
     plain_kernel,
-    weight_state,
+    weight_states,
     weights_key,
 )
 from .window_calls import add_part, calls_in_windows
@@ -245,7 +245,7 @@ __all__ = [
     "uncut_control",
     "visible_keys",
     "wait_for",
-    "weight_state",
+    "weight_states",
     "weights_key",
     "with_apply_model_options",
     "with_attention",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -81,14 +81,21 @@ def is_resident(module: Any) -> bool:
     return len(parameters) <= 2 and all(value is None or type(value) in _PLAIN_TYPES for value in parameters.values())
 
 
-def weight_state(module: Any) -> tuple[Any, ...]:
-    """Return a key that changes when ComfyUI moves, patches or replaces the weight of an operation."""
-    own, parameters = module.__dict__, module._parameters
-    tensors = [
-        value.data_ptr() if type(value) in _PLAIN_TYPES else id(value) for value in parameters.values() if value is not None
-    ]
-    functions = own.get("weight_function"), own.get("bias_function")
-    return (own.get("forward"), own.get("comfy_cast_weights"), "_conv_forward" in own, *map(bool, functions), *tensors)
+def weight_states(modules: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Return a key for each operation that changes when ComfyUI moves, patches or replaces its weight.
+
+    This is asked before every pass through the network. ComfyUI moves weight and bias of a module together.
+    """
+    states = []
+    for module in modules:
+        own, parameters = module.__dict__, module._parameters
+        weight = parameters["weight"] if "weight" in parameters else None
+        place = weight.data_ptr() if type(weight) in _PLAIN_TYPES else 0
+        patched = "weight_function" in own and bool(own["weight_function"]), "bias_function" in own and bool(own["bias_function"])
+        casts = own["comfy_cast_weights"] if "comfy_cast_weights" in own else None
+        forward = own["forward"] if "forward" in own else None
+        states.append((forward, casts, "_conv_forward" in own, *patched, place, *map(id, parameters.values())))
+    return states
 
 
 def dequantised(tensor: torch.Tensor) -> torch.Tensor:
