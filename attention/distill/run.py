@@ -127,12 +127,14 @@ class DistillRun:
         style: list[float] = []
         content: list[float] = []
         for _ in range(self.job.iterations):
-            loss, gradient = self._gradient(z / scale, level, objectives)
-            if not math.isfinite(loss) or not bool(gradient.isfinite().all()):
+            found, gradient = self._gradient(z / scale, level, objectives)
+            loss, finite = torch.stack([found, gradient.isfinite().all().to(found)]).tolist()  # the device is waited for once
+            if not math.isfinite(loss) or not finite:
                 raise RuntimeError(self._why_not_finite(z, objectives[0], step, len(losses)))
             losses.append(loss)
-            style.append(_mean([objective.style_loss for objective in objectives]))
-            content.append(_mean([objective.content_loss for objective in objectives]))
+            if self.content is not None:
+                style.append(_mean([objective.style_loss for objective in objectives]))
+                content.append(_mean([objective.content_loss for objective in objectives]))
             _move(z, gradient / scale, adam, mask)
             self.progress.tick(z / scale, estimate())
         entry: dict[str, Any] = {"step": step, "sigma": sigma, "loss": losses}
@@ -165,7 +167,7 @@ class DistillRun:
             for queries, own_regions in zip(content, regions, strict=True)
         ]
 
-    def _gradient(self, x: Tensor, level: Tensor, objectives: Sequence[DistillObjective]) -> tuple[float, Tensor]:
+    def _gradient(self, x: Tensor, level: Tensor, objectives: Sequence[DistillObjective]) -> tuple[Tensor, Tensor]:
         """Return the mean loss, and its gradient with respect to ``x``: of every window, averaged where they overlap."""
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
@@ -175,7 +177,7 @@ class DistillRun:
             assert found is not None
             losses.append(found.loss)
             gradients.append(found.latent)
-        return float(torch.stack(losses).mean()), average(gradients, self.windows, x)
+        return torch.stack(losses).mean(), average(gradients, self.windows, x)
 
     def _scale(self, sigma: float) -> float:
         return float(host.input_scale(self.base_model, torch.tensor([sigma])))
@@ -225,11 +227,11 @@ def _trainable(z: Tensor) -> Tensor:
 
 def _move(z: Tensor, gradient: Tensor, adam: torch.optim.Optimizer, mask: Tensor | None) -> None:
     with torch.inference_mode(False):
-        before = z.clone()
+        before = None if mask is None else z.clone()
         z.grad = gradient.clone()
         adam.step()
         z.grad = None
-        if mask is not None:
+        if mask is not None and before is not None:
             z.copy_(before + mask * (z - before))
 
 

@@ -1,6 +1,8 @@
-"""ComfyUI makes room for gradient passes before a run, and nothing of that stays."""
+"""ComfyUI makes room for gradient passes before a run, and nothing of that stays; "free memory" takes what is kept for later."""
 
 from __future__ import annotations
+
+import gc
 
 import comfy.model_management
 import comfy.samplers
@@ -55,3 +57,15 @@ def test_attention_distillation(asked, node, models):  # noqa: F811
         run(node, models["eps"], steps=1, iterations=1, memory=memory)
     low, auto, fast = asked
     assert 0 < low <= auto < fast  # one image: 'low' and 'auto' ask for the same
+
+
+def test_free_memory_takes_the_references_too(node, features):  # noqa: F811
+    """ComfyUI's button unloads all models, and its executor forgets what nodes have returned."""
+    with torch.inference_mode():
+        model = FAMILY.build()
+    run(node, model, steps=1, iterations=1)
+    assert features.CACHE.bytes > 0
+    del model
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    assert features.CACHE.bytes == 0
