@@ -4,9 +4,9 @@
                            [--json FILE]
 
 Three objects by default: of two, the model forgets one too seldom to tell methods apart. Subjects are phrases of two tokens; with
-``--mark mixed``, one of one, one of two and one of three tokens. Every run is a real ``SamplerCustomAdvanced``; images are judged
-by ``detect``, whose settings no run knows. What it costs is counted in gradient passes, which do not depend on the machine. With
-``--json`` every batch is kept, and a run that was cut off goes on where it was.
+``--mark mixed``, a third each are phrases, nouns, and phrases with an article: two, one and three tokens. Every run is a real
+``SamplerCustomAdvanced``; images are judged by ``detect``, whose settings no run knows. What it costs is counted in gradient
+passes, which do not depend on the machine. With ``--json`` every batch is kept, and a run that was cut off goes on where it was.
 """
 
 from __future__ import annotations
@@ -45,32 +45,32 @@ RUNS: dict[str, dict[str, Any] | None] = {
 
 # How an object of the caption is marked as a subject, by the words of it that are: one, two or three tokens.
 FORMS = {"colour": "a [{}] {}", "shape": "a {} [{}]", "both": "a [{} {}]", "all": "[a {} {}]"}
-_MIXED = [("shape", "both", "all"), ("both", "all", "colour"), ("all", "shape", "both"), ("colour", "both", "all")]
+_MIXED = ("both", "shape", "all")
 
 
-def forms_of(number: int, objects: int, mark: str) -> tuple[str, ...]:
-    """Return the form of each object of prompt ``number``; of ``mixed`` marks, the prompts take turns in who has how many."""
-    return _MIXED[number % len(_MIXED)][:objects] if mark == "mixed" else (mark,) * objects
+def form_of(number: int, count: int, mark: str) -> str:
+    """Return how the objects of prompt ``number`` of ``count`` are marked; of ``mixed`` marks, each third has its own."""
+    return _MIXED[number * len(_MIXED) // count] if mark == "mixed" else mark
 
 
-def marked_text(prompt: Prompt, forms: Sequence[str]) -> str:
+def marked_text(prompt: Prompt, form: str) -> str:
     """Put the caption's subjects in brackets."""
-    return " and ".join(FORMS[form].format(*item) for form, item in zip(forms, prompt.items, strict=True))
+    return " and ".join(FORMS[form].format(*item) for item in prompt.items)
 
 
 @torch.inference_mode()
-def marked_conditioning(clip: Any, chosen: Sequence[Prompt], forms: Sequence[str]) -> list:
+def marked_conditioning(clip: Any, chosen: Sequence[Prompt], form: str) -> list:
     """Encode the prompts as one batch. Their words are one token each, so all subjects are where the first prompt's are."""
     encode = pack_nodes()["FoveaPrompt"].execute
-    encoded = [encode(clip, marked_text(prompt, forms))[0][0] for prompt in chosen]
+    encoded = [encode(clip, marked_text(prompt, form))[0][0] for prompt in chosen]
     return [[torch.cat([tokens for tokens, _ in encoded]), encoded[0][1]]]
 
 
-def batches(numbers: Sequence[int], objects: int, mark: str, size: int) -> Iterator[list[int]]:
-    """Yield the prompts' numbers in batches, whose prompts have one form each."""
-    groups: dict[tuple[str, ...], list[int]] = {}
+def batches(numbers: Sequence[int], count: int, mark: str, size: int) -> Iterator[list[int]]:
+    """Yield the numbers of some of ``count`` prompts in batches, whose prompts are marked alike."""
+    groups: dict[str, list[int]] = {}
     for number in numbers:
-        groups.setdefault(forms_of(number, objects, mark), []).append(number)
+        groups.setdefault(form_of(number, count, mark), []).append(number)
     for group in groups.values():
         yield from (group[start : start + size] for start in range(0, len(group), size))
 
@@ -116,7 +116,7 @@ def generate(
     latent = nodes.EmptyLatentImage().generate(evaluate.SIDE, evaluate.SIDE, len(numbers))[0]
     latent["batch_index"] = list(numbers)
     part = [chosen[number] for number in numbers]
-    positive = marked_conditioning(clip, part, forms_of(numbers[0], len(part[0].items), mark))
+    positive = marked_conditioning(clip, part, form_of(numbers[0], len(chosen), mark))
     if settings is None:
         guider = run("CFGGuider", model=model, positive=positive, negative=negative, cfg=cfg)
     else:
@@ -167,7 +167,7 @@ def compare(
     for name, settings in runs.items():
         found = kept.setdefault(name, {})
         left = [number for number in range(len(chosen)) if str(number) not in found]
-        for numbers in batches(left, len(chosen[0].items), sampling["mark"], batch):
+        for numbers in batches(left, len(chosen), sampling["mark"], batch):
             images, seconds, passes = generate(model, clip, vae, chosen, numbers, settings, **sampling)
             results = judged(images, [chosen[number] for number in numbers], seconds, passes)
             found.update(zip(map(str, numbers), results, strict=True))
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     runs = {name: RUNS[name] for name in args.only} if args.only else RUNS
     sampling = {"steps": args.steps, "cfg": args.cfg, "seed": args.seed, "mark": args.mark}
-    report: dict[str, Any] = {**sampling, "objects": args.objects, "runs": {}}
+    report: dict[str, Any] = {**sampling, "prompts": args.prompts, "objects": args.objects, "runs": {}}
     if args.json and args.json.exists():
         before = json.loads(args.json.read_text())
         if {**before, "runs": {}} != report:
