@@ -15,8 +15,9 @@ from ..gradient.model_pass import ModelPass
 from .adain import adain
 from .content import Content
 from .job import DistillJob
-from .losses import DistillObjective
+from .losses import CallKey, DistillObjective
 from .references import Purpose, References
+from .regions import Regions
 from .report import DistillReport
 from .settings import Method
 from .windows import Window, average
@@ -159,9 +160,9 @@ class DistillRun:
     def _objectives(self, sigma: float, level: Tensor) -> list[DistillObjective]:
         """Return the loss of each window; all share the references' features."""
         features = self.references.features(sigma)
-        none: Sequence[None] = [None] * len(self.windows)
-        content = none if self.content is None else self.content.queries(sigma, level)
-        regions = self.job.regions or none
+        none: list[None] = [None] * len(self.windows)
+        content: Sequence[Mapping[CallKey, Tensor] | None] = none if self.content is None else self.content.queries(sigma, level)
+        regions: Sequence[Regions | None] = self.job.regions or none
         return [
             DistillObjective(features, queries, self.settings.content_weight, self.settings.attn_scale, own_regions)
             for queries, own_regions in zip(content, regions, strict=True)
@@ -191,8 +192,10 @@ class DistillRun:
         references, mask, weights = self.references.at(sigma, Purpose.COLOURS), self._mask(sigma), self.weights_of_pixels
         if not self.job.one_each:
             return adain(x, references, epsilon=1e-6 * unit, mask=mask, weights=weights)
-        masks = [None] * len(x) if mask is None else mask.expand(len(x), *mask.shape[1:]).split(1)
-        parts = zip(x.split(1), references, masks, weights or [None] * len(x), strict=True)
+        none: list[None] = [None] * len(x)
+        masks: Sequence[Tensor | None] = none if mask is None else mask.expand(len(x), *mask.shape[1:]).split(1)
+        own_weights: Sequence[Tensor | None] = none if weights is None else weights
+        parts = zip(x.split(1), references, masks, own_weights, strict=True)
         return torch.cat([
             adain(image, [reference], epsilon=1e-6 * unit, mask=part, weights=None if weight is None else [weight])
             for image, reference, part, weight in parts
