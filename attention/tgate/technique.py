@@ -35,6 +35,7 @@ from .. import host
 from ..host import ModelOptions, StepClock, TransformerOptions, follow_sampler, read_sigma
 from ..networks.blocks import AttentionSite, Kind
 from ..networks.grids import image_tokens
+from ..networks.table import network_layout
 from .convergence import SETTLED
 from .evaluation import POSITIVE, EvaluationPlan, Situation, has_no_negative, plan_evaluation
 from .modules import attention_as
@@ -267,4 +268,6 @@ class TGate:
 
 
 def _no_text(model: Any) -> str:
-    return f"{type(model).__name__} has no separate cross-attention"
+    layout = network_layout(host.diffusion_model(model))
+    known = layout is not None and layout.attention is None
+    return f"{type(model).__name__} has no separate cross-attention" + ("" if known else " that T-GATE knows")

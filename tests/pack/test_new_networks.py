@@ -154,3 +154,16 @@ def test_a_gradient_is_taken_where_a_masked_run_looks(node_classes: dict[str, An
             guider = node_classes["AttendExciteGuider"].execute(trial.model, trial.positive, trial.negative, CFG, **settings)[0]
             trial.sampled(guider)
     assert torch.allclose(seen[count], first, atol=1e-6) and not torch.allclose(seen[count + 1], first, atol=1e-6)
+
+
+def test_t_gate_denies_cross_attention_only_where_the_network_is_known(node_classes: dict[str, Any]) -> None:
+    family, said = FAMILIES["flux"], []
+    for known in (True, False):
+        model = family.build()
+        network = model.model.diffusion_model
+        network.__class__ = type(network) if known else of_a_new_release(type(network))
+        with quiet() as log:
+            sample(family, node_classes["TGateCache"].execute(model, gate_at=0.5)[0])
+            said.append(log.lines[-1])
+    assert "Flux has no separate cross-attention, so only" in said[0]
+    assert "Flux has no separate cross-attention that T-GATE knows, so only" in said[1]
