@@ -141,7 +141,7 @@ class CaptureRun:
                 return
             memory = self.memory
             memory.longest = max(memory.longest, *maps.shape[-2:])
-            step_maps = maps.mean(1) * heads
+            step_maps = maps.sum(1) if maps.shape[1] == heads else maps.mean(1) * heads
             known = track.layers.get(layer)
             if known is None:
                 memory.fit(lambda: memory.bytes() + size_of(memory.reduced(maps)) + size_of(pooled(step_maps, memory.side)))

@@ -82,10 +82,12 @@ class Track:
         """Return attention (..., tokens) with that to padding added up behind that to all other tokens."""
         if self.tokens is None:
             self.tokens = columns.shape[-1]
-        kept = self.kept
-        if kept is None or columns.shape[-1] != self.tokens:
+        if not self.padding or columns.shape[-1] != self.tokens:
             return columns
-        chosen = columns[..., kept]
+        first = min(self.padding)
+        if len(self.padding) == self.tokens - first:  # all of it is at the end: no indices to bring to the device
+            return torch.cat([columns[..., :first], columns[..., first:].sum(-1, keepdim=True)], -1)
+        chosen = columns[..., self.kept]
         return torch.cat([chosen, (columns.sum(-1, keepdim=True) - chosen.sum(-1, keepdim=True)).clamp(min=0)], -1)
 
     @property
