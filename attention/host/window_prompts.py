@@ -111,7 +111,7 @@ class PromptsInWindows:
         found.cond_hint = self._encoded.get((id(control), place))
         if hasattr(found, "control_input"):
             found.control_input = None  # of a T2I-Adapter
-        window, size = self.windows[place], tuple(x.shape[-2:])
+        window, size = self.windows[place], (x.shape[-2], x.shape[-1])
         ratio = int(control.compression_ratio) * (1 if control.vae is None else int(control.vae.spacial_compression_encode()))
         way = control.upscale_algorithm
         found.cond_hint_original = _part_of_image(control.cond_hint_original, window, area, size, ratio, way)
