@@ -237,11 +237,11 @@ class AttnMapPreview(io.ComfyNode):
         )
         shown = preview(attn_maps, images, request)
         pointing = pointing_data(shown.maps, prompt, clip, text, shown.drawn, shown.sources)
-        text = NodeText()
-        text.nothing()
+        told = NodeText()
+        told.nothing()
         for note in shown.report["notes"]:
             log.info("Attention Map Preview: %s", note)
-            text.show(note)
+            told.show(note)
         return io.NodeOutput(
             shown.images,
             shown.masks,

@@ -95,7 +95,7 @@ def _server() -> Any:
 def _workflow_id(server: Any, prompt: str) -> str | None:
     """Return the id of the browser's workflow that a prompt was made from; None where it is not known."""
     running = getattr(getattr(server, "prompt_queue", None), "currently_running", {})
-    extra = next((item[3] for item in list(running.values()) if item[1] == prompt), {})
+    extra: Any = next((item[3] for item in list(running.values()) if item[1] == prompt), {})
     for name in ("extra_pnginfo", "workflow", "id"):
         extra = extra.get(name) if isinstance(extra, Mapping) else None
     return None if extra is None else str(extra)

@@ -90,7 +90,7 @@ def weight_states(modules: Sequence[Any]) -> list[tuple[Any, ...]]:
     for module in modules:
         own, parameters = module.__dict__, module._parameters
         weight = parameters["weight"] if "weight" in parameters else None
-        place = weight.data_ptr() if type(weight) in _PLAIN_TYPES else 0
+        place = weight.data_ptr() if weight is not None and type(weight) in _PLAIN_TYPES else 0
         patched = "weight_function" in own and bool(own["weight_function"]), "bias_function" in own and bool(own["bias_function"])
         casts = own["comfy_cast_weights"] if "comfy_cast_weights" in own else None
         forward = own["forward"] if "forward" in own else None
