@@ -276,27 +276,17 @@ def skipped_alone(node_classes, scenes):
     return generate(model, positive, negative, steps=20), sum(calls.rows)
 
 
-@pytest.mark.parametrize(("other", "first"), [("EasyCache", True), ("EasyCache", False), ("LazyCache", True)])
-def test_together_with_other_caches_less_is_computed(skipping, caplog, scenes, skipped_alone, other, first):
+@pytest.mark.parametrize("first", [True, False], ids=["EasyCache first", "T-GATE first"])
+def test_together_with_easycache_less_is_computed(skipping, caplog, scenes, skipped_alone, first):
     model, positive, negative = scenes
-    apply = host_node(f"{other}Node", "comfy_extras.nodes_easycache")
-    settings = {
-        "reuse_threshold": 0.2 if other == "EasyCache" else 0.1,
-        "start_percent": 0.15,
-        "end_percent": 0.95,
-        "verbose": False,
-    }
+    apply = host_node("EasyCacheNode", "comfy_extras.nodes_easycache")
+    settings = {"reuse_threshold": 0.2, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
     both = skipping(apply(model=model, **settings)[0]) if first else apply(model=skipping(model), **settings)[0]
     plain, alone = skipped_alone
     with Calls(model) as calls:
         result = generate(both, positive, negative, steps=20)
-    assert torch.isfinite(result).all() and sum(calls.rows) < alone
-    if other == "EasyCache":  # LazyCache moves this image further by itself
-        assert (result - plain).norm() < 0.15 * plain.norm()
-    assert ("EasyCache skipped" in caplog.text) is (other == "EasyCache")
-    assert (
-        skipped_in(caplog.text) > 0 or other == "LazyCache" and "too few steps were computed one after the other" in caplog.text
-    )
+    assert sum(calls.rows) < alone and (result - plain).norm() < 0.15 * plain.norm()
+    assert skipped_in(caplog.text) > 0 and "EasyCache skipped" in caplog.text
 
 
 def test_maps_of_a_run_that_skips_steps(skipping, node_classes, caplog, small):
