@@ -226,3 +226,12 @@ def test_the_browser_is_offered_it(path: Path, server: HostServer) -> None:
     address = f"/api/workflow_templates/fovea-attention/{path.stem}".replace(" ", "%20").replace(",", "%2C")
     assert server.request(f"{address}.json") == path.read_bytes()
     assert server.request(f"{address}.jpg") == path.with_suffix(".jpg").read_bytes()
+
+
+@pytest.mark.parametrize("path", workflow_files.shipped(), ids=lambda path: path.stem)
+def test_every_node_has_a_number_of_its_own(path: Path) -> None:
+    """Also inside sub-graphs: the front end numbers those anew that it finds twice."""
+    graphs = workflow_files.graphs(workflow_files.load(path))
+    numbers = [node["id"] for graph in graphs for node in graph["nodes"]]
+    assert len(numbers) == len(set(numbers))
+    assert workflow_files.load(path)["last_node_id"] >= max(numbers)
