@@ -105,14 +105,17 @@ function receive({ detail }) {
   if (workflow === here) show(detail);
 }
 
+/** Show what is known of the open workflow, and nothing in another tab of it. */
 function showAgain() {
   const kept = known.get(rootGraph()?.id);
-  if (!kept || (kept.tab !== undefined && kept.tab !== openTab())) return;
-  for (const message of kept.messages.values()) show(message);
+  if (!kept) return;
+  const elsewhere = kept.tab !== undefined && kept.tab !== openTab();
+  for (const message of kept.messages.values()) show(elsewhere ? { ...message, lines: [] } : message);
 }
 
 app.registerExtension({
   name: "fovea.nodeText",
   setup: harmless(() => api.addEventListener(EVENT, harmless(receive))),
-  afterConfigureGraph: () => setTimeout(harmless(showAgain), 200), // the open tab is known only then
+  // Which tab is open is known a little later, and later still where nodes are page elements.
+  afterConfigureGraph: () => [200, 1500].forEach((wait) => setTimeout(harmless(showAgain), wait)),
 });
