@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .regions import labels_of
+_GREY_LEVELS = 255  # of an 8 bit mask
 
 # More labels than this are the soft edges of an image.
 MAX_LABELS = 32
@@ -22,6 +22,11 @@ _LEAST_REGION = 0.001  # of a mask with soft edges
 _SAME_GREY = 4
 _NEAR_GREY = 8
 _FEW = 1 / 4
+
+
+def labels_of(mask: Tensor) -> Tensor:
+    """Return grey values of a MASK (n, height, width) as whole numbers."""
+    return (mask.detach().cpu().float() * _GREY_LEVELS).round().long()
 
 
 def mask_images(mask: Tensor, name: str) -> Tensor:

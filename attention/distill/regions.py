@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,17 +10,8 @@ from torch import Tensor
 from ..networks.grids import Grid, layer_grid, resize_maps
 from ..networks.layers import AttentionLayer
 from ..networks.table import network_layout
+from .masks import Marks
 from .windows import Window
-
-if TYPE_CHECKING:
-    from .masks import Marks
-
-_GREY_LEVELS = 255  # of an 8 bit mask
-
-
-def labels_of(mask: Tensor) -> Tensor:
-    """Return grey values of a MASK (n, height, width) as whole numbers."""
-    return (mask.detach().cpu().float() * _GREY_LEVELS).round().long()
 
 
 class Regions:

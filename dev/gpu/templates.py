@@ -8,15 +8,12 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from environment import host_version_of
 from host_server import HostServer, Prompt, ServerError, WorkflowError
 
+from gpu.trial import Trial
 from workflows import workflow_files
-
-if TYPE_CHECKING:
-    from gpu.parts import Trial
 
 AGAIN = ("T-GATE", "Attend-and-Excite")  # with fewer resources: those that begin so
 LIMIT = 60  # seconds for a template

@@ -12,7 +12,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from gpu.parts import PARTS, Trial
+from gpu.parts import PARTS
+from gpu.trial import Trial
 
 START = "start"
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from gpu import report as gpu_report
-from gpu.parts import PARTS, Part, Trial
+from gpu.parts import PARTS, Part
+from gpu.trial import Trial
 
 pytestmark = pytest.mark.newest
 

@@ -165,7 +165,8 @@ def test_masks_of_other_sizes_and_several_references(node, models):
 
 def test_labels_that_the_reference_lacks_are_left_out(pack):
     from fovea_attention.attention.distill.losses import DistillObjective, Features
-    from fovea_attention.attention.distill.regions import Regions, labels_of
+    from fovea_attention.attention.distill.masks import labels_of
+    from fovea_attention.attention.distill.regions import Regions
     from fovea_attention.attention.gradient import AttentionCall
     from fovea_attention.attention.host import AttentionInputs
     from fovea_attention.attention.networks import AttentionLayer
