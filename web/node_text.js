@@ -53,7 +53,7 @@ function heightOf(text, width) {
   if (!ruler) {
     ruler = document.createElement("div");
     Object.assign(ruler.style, LOOK, { position: "absolute", visibility: "hidden", left: "-9999px", top: "0" });
-    document.body.append(ruler);
+    app.canvas.canvas.parentElement.append(ruler);
   }
   ruler.style.width = `${Math.max(width - 2 * MARGIN, 60)}px`;
   if (ruler.textContent !== text) ruler.textContent = text;

@@ -398,7 +398,7 @@ def test_figures_in_the_docs_are_those_of_the_benchmarks():
     spans = [span for path in pages for span in FIGURES.findall(path.read_text(encoding="utf-8"))]
     assert {name for names, _ in spans for name in names.split(", ")} >= {
         "tgate", "tgate-sdxl", "tgate-pixart", "tgate-auto", "pareto", "cache", "gradient", "maps", "maps-daam", "excite",
-        "distill", "dit", "overhead",
+        "distill", "dit",
     }  # fmt: skip
     for names, text in spans:
         measured = "\n".join(measured_part(name) for name in names.split(", "))

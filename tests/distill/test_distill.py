@@ -177,7 +177,7 @@ def test_labels_that_the_reference_lacks_are_left_out(pack):
     target = labels_of(halves(0, 1, (4, 4)))
     regions = Regions(target, [labels_of(torch.zeros(1, 4, 4))[0]], {"a": (grid, [grid])})
     call = AttentionCall(AttentionInputs(q, k, None, 8**-0.5), v, None, lambda: torch.zeros(1, 2, 16, 8), keeps_heads=True)
-    objective = DistillObjective({("a", 0): Features(ks, vs)}, regions=regions)
+    objective = DistillObjective([{("a", 0): Features(ks, vs)}], regions=regions)
     style, _ = objective.measure(AttentionLayer("a", "self", torch.nn.Identity()), call, torch.arange(1))
     ideal = torch.nn.functional.scaled_dot_product_attention(q, ks, vs)
     left = (torch.arange(16) % 4) < 2
