@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES
+from families.weights import linears, pack, quantised
 from gradient.test_gradient import MEMORY, assert_same_gradient, gradient, gradient_of, sites, unet  # noqa: F401
 from host_inprocess import pack_nodes
 
@@ -16,37 +17,11 @@ mixed_precision = pytest.mark.skipif(
 )
 
 
-def linears(model):
-    """(parent, name, layer) of every Linear in the transformer blocks."""
-    network = model.model.diffusion_model
-    for path, parent in list(network.named_modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, torch.nn.Linear) and "transformer_blocks" in f"{path}.{name}":
-                yield parent, name, child
-
-
-class PackedLinear(comfy.ops.manual_cast.Linear):
-    """As loaders of GGUF files do it: bytes in place of the weight, unpacked by the layer's own forward."""
-
-    @classmethod
-    def of(cls, linear):
-        linear.__class__ = cls
-        scale = linear.weight.abs().amax(1, keepdim=True) / 127
-        q = (linear.weight / scale).round().to(torch.int8)
-        linear.weight = torch.nn.Parameter(torch.cat([scale.view(torch.uint8), q.view(torch.uint8)], 1), requires_grad=False)
-        return q.float() * scale
-
-    def forward_comfy_cast_weights(self, input):
-        scale, q = self.weight[:, :4].contiguous().view(torch.float32), self.weight[:, 4:].view(torch.int8)
-        return F.linear(input, q.to(input.dtype) * scale.to(input.dtype), self.bias)
-
-
 @pytest.mark.parametrize("memory", MEMORY)
 def test_weights_that_another_pack_unpacks(gradient, sites, memory):  # noqa: F811
     with torch.inference_mode():
         model, plain = unet(), unet()
-        for (_, _, packed), (_, _, linear) in zip(linears(model), linears(plain), strict=True):
-            linear.weight.copy_(PackedLinear.of(packed))
+        pack(model, plain)
     found, _ = gradient_of(gradient, sites, model, memory=memory)
     assert_same_gradient(found, gradient_of(gradient, sites, plain, memory=memory)[0])
 
@@ -56,23 +31,15 @@ def test_weights_that_another_pack_unpacks(gradient, sites, memory):  # noqa: F8
 def test_comfyuis_quantised_formats(gradient, sites, name):  # noqa: F811
     smoothed = name == "smoothed"  # ModelOpt's input smoothing
     quant_format = "nvfp4" if smoothed else name
-    layout = QUANT_ALGOS[quant_format]["comfy_tensor_layout"]
-    operations = comfy.ops.mixed_precision_ops({}, torch.float32, full_precision_mm=True)
     sizes = {"convrot_groupsize": 16} if quant_format in ("convrot_w4a4", "asym_w4a8_int8") else {}
     with torch.inference_mode():
         model, plain = unet(), unet()
         for (parent, child, linear), (_, _, other) in zip(list(linears(model)), linears(plain), strict=True):
             if linear.in_features % 64 and sizes:
                 continue  # these formats' groups are of 64 columns
-            layer = operations.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
-            layer.quant_format, layer.layout_type = quant_format, layout
-            packed = comfy.ops.QuantizedTensor.from_float(linear.weight.data, layout, **sizes)
-            layer.weight = torch.nn.Parameter(packed, requires_grad=False)
-            layer.bias = linear.bias
+            layer, effective = quantised(linear, quant_format, **sizes)
             setattr(parent, child, layer)
-            # What the layer does to its input, whatever the format does to the weight.
-            effective = layer(torch.eye(linear.in_features)).detach() - (0 if linear.bias is None else linear.bias)
-            other.weight.copy_(effective.T)
+            other.weight.copy_(effective)
             if smoothed:
                 scale = 0.5 + torch.rand(linear.in_features, generator=torch.Generator().manual_seed(3))
                 layer.register_parameter("pre_quant_scale", torch.nn.Parameter(scale, requires_grad=False))
