@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def node(kind: str, **inputs: Any) -> dict[str, Any]:
 
 
 def executor(monkeypatch: pytest.MonkeyPatch, cache: str = "CLASSIC") -> Callable[..., dict[str, dict[str, Any]]]:
-    """Return ``run(graph, prompt_id, extra_data)`` with the named cache: what each ``Keep`` was given, or an error."""
+    """Return ``run(graph, extra_data)`` with the named cache: what each ``Keep`` got, or an error; each run has an id."""
     monkeypatch.syspath_prepend(str(Path(folder_paths.__file__).parent))  # before the folder of its package, which has a utils.py
     import execution
     import server
@@ -99,12 +100,12 @@ def executor(monkeypatch: pytest.MonkeyPatch, cache: str = "CLASSIC") -> Callabl
     kind = getattr(execution.CacheType, cache)
     running = execution.PromptExecutor(stub, cache_type=kind, cache_args={"lru": 100, "ram": 2.0, "ram_inactive": 64.0})
 
-    def run(graph: Graph, prompt_id: str, extra_data: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    def run(graph: Graph, extra_data: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
         Keep.seen = {}
         outputs = [
             key for key, each in graph.items() if getattr(nodes.NODE_CLASS_MAPPINGS[each["class_type"]], "OUTPUT_NODE", False)
         ]
-        running.execute(json.loads(json.dumps(graph)), prompt_id, extra_data or {}, outputs)
+        running.execute(json.loads(json.dumps(graph)), str(uuid.uuid4()), extra_data or {}, outputs)
         errors = [message[1] for message in running.status_messages if message[0] == "execution_error"]
         if errors:
             raise RuntimeError(errors[0]["exception_message"])

@@ -76,12 +76,12 @@ def colour(graph: Graph, preview: str) -> Graph:
 def test_each_image_has_the_maps_of_its_sampler(comfy_with: Any) -> None:
     """Two seeds of one size and a second pass of the first, whatever the order of the nodes, and after a change of colours."""
     one = {**base(), "6": sampler(1, ["5", 0]), **shown("6")}
-    alone = comfy_with()(one, "1")["6"]["mask"].clone()
+    alone = comfy_with()(one)["6"]["mask"].clone()
     graph = {**one, "7": sampler(2, ["5", 0]), **shown("7"), "8": sampler(3, ["6", 0], 0.6), **shown("8")}
     wanted: dict[str, torch.Tensor] = {}
     for keys in (list(graph), list(reversed(graph))):
         run = comfy_with()
-        found = run({key: graph[key] for key in keys}, "1")
+        found = run({key: graph[key] for key in keys})
         assert torch.equal(found["6"]["mask"], alone)
         masks = {key: found[key]["mask"].clone() for key in ("6", "7", "8")}
         assert len(found["6"]["maps"].runs) == 3, "all are shown, so all are kept"
@@ -89,18 +89,18 @@ def test_each_image_has_the_maps_of_its_sampler(comfy_with: Any) -> None:
         for key, mask in (wanted or masks).items():
             assert torch.equal(masks[key], mask)
         wanted = masks
-    assert torch.equal(run(colour(graph, "p6"), "2")["6"]["mask"], alone)
+    assert torch.equal(run(colour(graph, "p6"))["6"]["mask"], alone)
 
 
 def test_an_image_from_the_cache_is_not_shown_with_the_maps_of_another_run(comfy_with: Any) -> None:
     run = comfy_with("LRU")
     first, second = ({**base(), "6": sampler(seed, ["5", 0]), **shown("6")} for seed in (1, 2))
-    run(first, "1")
-    maps = run(second, "2")["6"]["maps"]
+    run(first)
+    maps = run(second)["6"]["maps"]
     assert len(maps.runs) == 1, "one run's memory"
     with pytest.raises(RuntimeError, match="The maps of this image are not kept: ComfyUI took it from its cache"):
-        run(colour(first, "p6"), "3")
-    assert run(colour(second, "p6"), "4"), "the maps of the second run are still there"
+        run(colour(first, "p6"))
+    assert run(colour(second, "p6")), "the maps of the second run are still there"
 
 
 def test_a_preview_that_is_added_later_finds_the_run_or_says_why_not(comfy_with: Any) -> None:
@@ -108,20 +108,20 @@ def test_a_preview_that_is_added_later_finds_the_run_or_says_why_not(comfy_with:
     keep = {"k": node("TestKeep", key="k", image=["d6", 0], maps=["4", 1])}
     first, second = ({**base(), "6": sampler(seed, ["5", 0]), **shown("6")} for seed in (1, 2))
     without = [{key: each for key, each in {**graph, **keep}.items() if key not in ("p6", "k6")} for graph in (first, second)]
-    run(without[0], "1")
-    assert run(first, "2")["6"]["mask"].max() > 0.9
-    run(without[1], "3")
+    run(without[0])
+    assert run(first)["6"]["mask"].max() > 0.9
+    run(without[1])
     with pytest.raises(RuntimeError, match="The maps of this image are not kept"):
-        run(colour(first, "p6"), "4")
+        run(colour(first, "p6"))
 
 
 def test_runs_that_nothing_shows_are_let_go(comfy_with: Any) -> None:
     graph = {**base(), "6": sampler(1, ["5", 0]), "8": sampler(3, ["6", 0], 0.6), **shown("8")}
     del graph["k8"]["inputs"]["maps"]  # a node that takes all maps may want any of them
     run = comfy_with()
-    run(graph, "1")
+    run(graph)
     with pytest.raises(RuntimeError, match=r"The maps of this image are not kept.*node 6"):
-        run({**graph, **shown("6")}, "2")
+        run({**graph, **shown("6")})
 
 
 # --- outside a queue ----------------------------------------------------------------------------------------------------

@@ -62,15 +62,15 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
 
 
 @pytest.fixture
-def comfy(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[Graph, str], Any]]:
+def comfy(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[Graph], Any]]:
     """A fresh ComfyUI with the named cache, whose executor keeps the browser that asked."""
     import nodes
 
     monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "TestExpand", Expand)
 
-    def fresh(cache: str = "CLASSIC") -> Callable[[Graph, str], Any]:
+    def fresh(cache: str = "CLASSIC") -> Callable[[Graph], Any]:
         run = graph_runs.executor(monkeypatch, cache)
-        return lambda graph, prompt: run(graph, prompt, {"client_id": "browser"})
+        return lambda graph: run(graph, {"client_id": "browser"})
 
     return fresh
 
@@ -97,13 +97,13 @@ def test_the_line_of_the_log_is_told_for_the_node(comfy: Any, told: Told, caplog
     caplog.set_level(logging.INFO, logger="fovea")
     run = comfy()
     graph = {**base(), **gated(), "6": sampler("4"), **shown("6"), "7": sampler("4", steps=4), **shown("7")}
-    run(graph, "first")
+    run(graph)
     lines = [record.getMessage() for record in caplog.records if "T-GATE" in record.getMessage()]
     assert len(lines) == 2 and {message["node"] for message in told if message["kind"] == "TGateCache"} == {"4"}
     assert told[-1] == {"node": "4", "kind": "TGateCache", "workflow": None, "lines": lines}
     caplog.clear()
     graph["6"]["inputs"]["seed"] = 9
-    run(graph, "second")
+    run(graph)
     (line,) = (record.getMessage() for record in caplog.records if "T-GATE" in record.getMessage())
     assert told[-1]["lines"] == [line]
 
@@ -120,7 +120,7 @@ def test_nodes_of_one_kind_are_told_apart(comfy: Any, told: Told) -> None:
         **shown("6"),
         **shown("7"),
     }
-    comfy()(graph, "1")
+    comfy()(graph)
     last = {message["node"]: message["lines"] for message in told if message["kind"] == "TGateCache"}
     assert [len(last[key]) for key in ("4", "12:4")] == [1, 1]
     assert "of 2 steps" in last["4"][0] and "of 4 steps" in last["12:4"][0]
@@ -131,13 +131,13 @@ def test_a_node_that_got_another_id_is_told_under_it(comfy: Any, told: Told) -> 
     run = comfy("LRU")
     for key in ("4", "9"):
         told.clear()
-        run({**base(), **gated(key), "6": sampler(key, seed=int(key)), **shown("6")}, key)
+        run({**base(), **gated(key), "6": sampler(key, seed=int(key)), **shown("6")})
         assert {message["node"] for message in told if message["kind"] == "TGateCache"} == {key}
 
 
 @pytest.mark.newest
 def test_a_node_that_another_one_made_is_told_on_that(comfy: Any, told: Told) -> None:
-    comfy()({**base(), "4": node("TestExpand", model=["1", 0]), "6": sampler("4"), **shown("6")}, "1")
+    comfy()({**base(), "4": node("TestExpand", model=["1", 0]), "6": sampler("4"), **shown("6")})
     assert (told[-1]["node"], told[-1]["kind"]) == ("4", "TestExpand") and told[-1]["lines"][0].startswith("T-GATE: ")
 
 
@@ -147,7 +147,7 @@ def test_what_is_no_longer_so_is_taken_away(comfy: Any, told: Told) -> None:
     run = comfy()
     for side, count in ((136, 1), (128, 0)):
         graph = {**base(side), "4": node("FoveaSeamless", model=["1", 0]), "6": sampler("4"), **shown("6")}
-        run(graph, str(side))
+        run(graph)
         (message,) = (each for each in told if each["kind"] == "FoveaSeamless")
         assert len(message["lines"]) == count
         told.clear()
@@ -159,5 +159,5 @@ def test_without_a_browser_only_the_log_is_written(
 ) -> None:
     caplog.set_level(logging.INFO, logger="fovea")
     graph = {**base(), **gated(), "6": sampler("4"), **shown("6")}
-    graph_runs.executor(monkeypatch)(graph, "1")
+    graph_runs.executor(monkeypatch)(graph)
     assert not told and any("T-GATE: cross-attention" in record.getMessage() for record in caplog.records)

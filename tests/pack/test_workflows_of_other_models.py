@@ -79,7 +79,7 @@ def test_it_runs_on_a_tiny_model_of_the_family(
     for place in ("output", "temp"):
         monkeypatch.setattr(folder_paths, f"{place}_directory", str(tmp_path))
     with caplog.at_level(logging.INFO, logger="fovea"):
-        run(prompt, "shipped")  # raises what a node raises
+        run(prompt)  # raises what a node raises
     viewers = [node for node in computing_nodes(workflow) if object_info[node["type"]]["output_node"]]
     assert len(list(tmp_path.rglob("*.png")) + list(tmp_path.rglob("*.webp"))) >= len(viewers)
     assert said in caplog.text
