@@ -9,9 +9,10 @@ from comfy_api.latest import io
 
 from ..attention.dit import dit_sampler, load_dit
 from ..attention.dit.blends import NULL
-from ..attention.dit.labels import label_conditioning, label_options, parse_labels
+from ..attention.dit.labels import described_labels, label_conditioning, label_options, parse_labels
 from ..attention.dit.model import AUTO, LATENT_FORMATS
 from ..attention.dit.reading import is_dit_config
+from ..attention.host import NodeText
 from ._schema import advanced, node_schema
 
 _FOLDERS = "diffusion_models", "checkpoints"
@@ -106,7 +107,8 @@ class DiTLoader(io.ComfyNode):
         cfg_channels: str = "3 (as published)",
         latent_format: str = AUTO,
     ) -> io.NodeOutput:
-        return io.NodeOutput(load_dit(_path(model_name), prediction, _CFG_CHANNELS[cfg_channels], latent_format))
+        channels = _CFG_CHANNELS[cfg_channels]
+        return io.NodeOutput(load_dit(_path(model_name), prediction, channels, latent_format, tell=NodeText().tell))
 
 
 class DiTClassLabel(io.ComfyNode):
@@ -146,7 +148,12 @@ class DiTClassLabel(io.ComfyNode):
 
     @classmethod
     def execute(cls, label: str, labels: str = "") -> io.NodeOutput:
-        chosen = parse_labels(labels) or parse_labels(label.split(":")[0])
+        chosen = parse_labels(labels)
+        if chosen:
+            NodeText().tell(f"DiT Class Label: 'labels' is used, not 'label': {described_labels(labels)}")
+        else:
+            NodeText().nothing()
+            chosen = parse_labels(label.split(":")[0])
         return io.NodeOutput(label_conditioning(chosen), label_conditioning([NULL]))
 
 

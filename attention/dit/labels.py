@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ..host import log
 from .blends import MOST_CLASSES, to_rows
 
 LABELS = "fovea_class_labels"  # in a conditioning: (n,) int64, one for each image of the batch
@@ -67,13 +66,31 @@ def parse_labels(text: str) -> list[int]:
     Raises:
         ValueError: a name that is not there or means several classes; the message names those that come close.
     """
+    return [index for index, _ in _read(text)]
+
+
+def described_labels(text: str) -> str:
+    """Return what ``parse_labels`` reads in a list, in one line: "207, 281 (tabby)".
+
+    An entry that is a name or a WordNet id has the first name of its class after the number. A number stands alone, because a
+    model may have been trained on other classes than ImageNet's.
+    """
+    most = 12
+    read = _read(text)
+    rest = f" and {len(read) - most} more" if len(read) > most else ""
+    return ", ".join(_shown(index) if by_name else str(index) for index, by_name in read[:most]) + rest
+
+
+def _read(text: str) -> list[tuple[int, bool]]:
+    """Return the class of each entry of a list, and whether it is there by a name."""
     entries = _entries(text)
-    labels: list[int] = []
+    read: list[tuple[int, bool]] = []
     while entries:
         index, used = _first(entries)
-        labels.append(index)
+        by_name = not (_NUMBER.fullmatch(entries[0]) or _NUMBERED_NAME.fullmatch(entries[0]))
+        read.append((index, by_name))
         entries = entries[used:]
-    return labels
+    return read
 
 
 def _entries(text: str) -> list[str]:
@@ -146,7 +163,6 @@ def _named(entry: str) -> int:
         raise ValueError(f"labels has '{entry}', which is the name of several classes: {_listed(found)}. Write the number.")
     found = _of_word(entry)
     if len(found) == 1:
-        log.info("DiT Class Label: '%s' is class %s", entry, _shown(found[0]))
         return found[0]
     if found:
         raise ValueError(
@@ -193,9 +209,8 @@ def _shown(index: int) -> str:
     return f"{index} ({_synonyms()[index][0]})"
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str], most: int = 100) -> str:
     """Return a model's own class names with their numbers, in one line: "0 (cat), 1 (dog)"."""
-    most = 100
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(f"{index} ({name[:40]})" for index, name in enumerate(names[:most])) + rest
 

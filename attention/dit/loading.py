@@ -16,6 +16,7 @@ from .labels import listed
 from .model import AUTO, DiTConfig
 
 GUIDED_CHANNELS, PUBLISHED_CHANNELS = 3, 4  # of the latent, as published
+FEW_NAMES = 20  # of classes, which have room on a node
 
 
 def load_dit(
@@ -24,6 +25,7 @@ def load_dit(
     cfg_channels: int = GUIDED_CHANNELS,
     latent_format: str = AUTO,
     disable_dynamic: bool = False,
+    tell: Callable[[str], Any] = log.info,
 ) -> ModelPatcher:
     """Return a DiT or SiT as a MODEL, in ComfyUI's hands for memory, precision and patches.
 
@@ -33,6 +35,7 @@ def load_dit(
             than 4 channels is guided as a whole.
         latent_format: a key of ``LATENT_FORMATS``, the VAE that the model was trained with.
         disable_dynamic: of newer ComfyUI, which calls this again for a copy of the model (several GPUs, no dynamic VRAM).
+        tell: called with each line about what was loaded, and which of several copies of the weights was taken.
 
     Raises:
         ValueError: see ``read_dit``; or the latents of that VAE do not have the model's channels.
@@ -40,9 +43,11 @@ def load_dit(
     file = read_dit(path)
     name = Path(path).name
     kind = _prediction(prediction, file.prediction, name)
-    log.info("Load DiT: %s: %s, predicts %s", name, file.summary, kind)
+    tell(f"Load DiT: {name}: {file.summary}, predicts {kind}")
     if file.names:
-        log.info("Load DiT: classes: %s", listed(file.names))
+        tell(f"Load DiT: classes: {listed(file.names, FEW_NAMES)}")
+    if len(file.names) > FEW_NAMES:
+        log.info("Load DiT: all classes: %s", listed(file.names))
     from_image = file.from_image and kind == "velocity"
     config = DiTConfig(file.network, kind, from_image, latent_format, file.names)
     model = host.patcher_for(config, file.weights, disable_dynamic)
@@ -50,7 +55,7 @@ def load_dit(
     if channels == PUBLISHED_CHANNELS > cfg_channels:
         model.set_model_sampler_post_cfg_function(guide_some_channels(cfg_channels))
     elif channels > cfg_channels:
-        log.info("Load DiT: CFG is applied to all %d channels: what was published holds for latents of 4", channels)
+        tell(f"Load DiT: CFG is applied to all {channels} channels: what was published holds for latents of 4")
     model.cached_patcher_init = (load_dit, (path, prediction, cfg_channels, latent_format))
     return model
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import folder_paths
 import graph_runs
 import pytest
 from graph_runs import Graph, node
+from tiny_dit import bare, tiny, write
 
 GATE = {
     "gate_at": 0.5, "cfg_after_gate": "drop (keep positive)", "sp_interval": 1, "fi_interval": 1, "warm_up": 0, "mode": "fixed",
@@ -161,3 +164,48 @@ def test_without_a_browser_only_the_log_is_written(
     graph = {**base(), **gated(), "6": sampler("4"), **shown("6")}
     graph_runs.executor(monkeypatch)(graph)
     assert not told and any("T-GATE: cross-attention" in record.getMessage() for record in caplog.records)
+
+
+class Take:
+    """Needs a model and a conditioning, and does nothing with them."""
+
+    OUTPUT_NODE, RETURN_TYPES, FUNCTION, CATEGORY = True, (), "take", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL", {}), "conditioning": ("CONDITIONING", {})}}
+
+    def take(self, model: Any, conditioning: Any) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.newest
+def test_a_dit_says_which_weights_and_classes_were_taken(
+    comfy: Any, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which copy of several in a file, the model's own classes, and what the words of a list were read as."""
+    import nodes
+
+    few, many = ({f"c{i}": i for i in range(classes)} for classes in (3, 30))
+    for name, names in (("few", few), ("many", many)):
+        weights = bare(tiny(depth=1, classes=len(names)))
+        write(tmp_path / f"{name}.pt", {"ema": weights, "model": weights, "class_to_idx": names})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".pt"}))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "TestTake", Take)
+    run = comfy()
+
+    def lines(name: str, labels: str) -> dict[str, list[str]]:
+        told.clear()
+        loader = node("DiTLoader", model_name=f"{name}.pt", prediction="auto", cfg_channels="4", latent_format="auto")
+        chosen = node("DiTClassLabel", label="1: goldfish, Carassius auratus", labels=labels)
+        run({"1": loader, "2": chosen, "3": node("TestTake", model=["1", 0], conditioning=["2", 0])})
+        return {message["node"]: message["lines"] for message in told}
+
+    shown = lines("few", "2, tabby; n02099601")
+    loaded, classes = shown["1"]
+    assert "weights: 'ema' (the file also has 'model')" in loaded and loaded.endswith("predicts epsilon")
+    assert classes == "Load DiT: classes: 0 (c0), 1 (c1), 2 (c2)"
+    assert shown["2"] == ["DiT Class Label: 'labels' is used, not 'label': 2, 281 (tabby), 207 (golden retriever)"]
+    shown = lines("many", "")
+    assert shown["1"][1].endswith("19 (c19) and 10 more") and shown["2"] == []
