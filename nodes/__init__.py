@@ -6,6 +6,7 @@ from .attn_preview import AttnMapPreview
 from .distill import AttentionDistillSampler
 from .dit import DiTClassLabel, DiTLoader, DiTSampler
 from .excite import AttendExciteGuider, FoveaAttendExcite
+from .mask_box import FoveaMaskBox
 from .prompt import FoveaPrompt, FoveaPromptSDXL
 from .seamless import (
     FoveaSeamless,
@@ -23,6 +24,7 @@ NODES = [
     TGateCache,
     AttnMapCapture,
     AttnMapPreview,
+    FoveaMaskBox,
     FoveaSaveAttnMaps,
     FoveaLoadAttnMaps,
     DiTLoader,

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import host
+
 _GREY_LEVELS = 255  # of an 8 bit mask
 
 # More labels than this are the soft edges of an image.
@@ -27,26 +29,6 @@ _FEW = 1 / 4
 def labels_of(mask: Tensor) -> Tensor:
     """Return grey values of a MASK (n, height, width) as whole numbers."""
     return (mask.detach().cpu().float() * _GREY_LEVELS).round().long()
-
-
-def mask_images(mask: Tensor, name: str) -> Tensor:
-    """Return a MASK as (n, height, width): nodes also give (height, width), (n, 1, height, width) and (n, height, width, 1).
-
-    Raises:
-        ValueError: another shape, no pixels, or values that are no numbers.
-    """
-    shape = tuple(mask.shape)
-    if mask.ndim == 2:
-        mask = mask[None]
-    elif mask.ndim == 4 and mask.shape[1] == 1:
-        mask = mask[:, 0]
-    elif mask.ndim == 4 and mask.shape[-1] == 1:
-        mask = mask[..., 0]
-    if mask.ndim != 3 or not mask.numel():
-        raise ValueError(f"{name} has the shape {shape}: use a mask of (height, width) or (images, height, width).")
-    if not bool(mask.isfinite().all()):
-        raise ValueError(f"{name} holds values that are no numbers (NaN). Make the mask again.")
-    return mask
 
 
 @dataclass(frozen=True)
@@ -98,7 +80,7 @@ def marks_of(
 
 
 def _fitting(mask: Tensor, name: str, images: int, whose: str) -> Tensor:
-    mask = mask_images(mask, name)
+    mask = host.mask_images(mask, name)
     if len(mask) not in (1, images):
         raise ValueError(f"{name} holds {len(mask)} masks, but {whose} holds {images} images: use one mask, or as many.")
     return mask

@@ -37,6 +37,7 @@ from .graph import NodeCall, executing_node
 from .latent_steps import check_sampler, hides_latent, sampler_name, seen_by_the_model, with_steps
 from .loading import load_file, maps_files, patcher_for
 from .log import log
+from .masks import mask_images
 from .memory import (
     copy_to,
     empty_cache,
@@ -205,6 +206,7 @@ __all__ = [
     "maps_files",
     "make_caches_compute",
     "make_easycache_compute",
+    "mask_images",
     "masked_logits",
     "move_easycache",
     "needs_uncond",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from host_server import HostServer
+from host_server import HostServer, SavedImage
 from PIL import Image
 from widgets import WIDGET_TYPES
 from workflows.workflow_files import computing_nodes, load, other_models
@@ -50,6 +50,12 @@ class Run:
         return {title: images[-1] for title, images in self.shown.items()}
 
 
+def fetched(server: HostServer, picture: SavedImage) -> np.ndarray:
+    """An image of a run: (rows, columns, 3), 0..255."""
+    with Image.open(io.BytesIO(server.fetch(picture))) as image:
+        return np.asarray(image.convert("RGB"), dtype=np.float32)
+
+
 @pytest.fixture(scope="module")
 def run(server: HostServer, object_info: dict[str, Any]) -> Callable[[Path], Run]:
     """Runs a workflow on the real server, once however many tests ask."""
@@ -62,8 +68,7 @@ def run(server: HostServer, object_info: dict[str, Any]) -> Callable[[Path], Run
         result = server.run(workflow_files.convert(workflow, object_info))  # raises unless the server reports success
         images: dict[str, list[np.ndarray]] = {}
         for picture in result.images:
-            with Image.open(io.BytesIO(server.fetch(picture))) as image:
-                images.setdefault(titles[picture.node], []).append(np.asarray(image.convert("RGB"), dtype=np.float32))
+            images.setdefault(titles[picture.node], []).append(fetched(server, picture))
         return Run(images, server.log_text()[before:])
 
     return finished
@@ -165,6 +170,7 @@ def test_the_excite_workflow_guides_half_of_the_steps(run: Callable[[Path], Run]
 
 
 REDRAW = workflow_files.FOLDER / "Masks from words - redraw one word.json"
+CROP = workflow_files.FOLDER / "Masks from words - crop and detail.json"
 REGIONS = workflow_files.FOLDER / "Masks from words - a prompt for each region.json"
 
 
@@ -186,6 +192,36 @@ def test_the_word_is_redrawn_and_nothing_else(run: Callable[[Path], Run]) -> Non
 def test_each_region_follows_its_own_prompt(run: Callable[[Path], Run]) -> None:
     image = run(REGIONS).images["Every region by its prompt"]
     assert drawn(image, "green", "triangle") and drawn(image, "yellow", "star")
+
+
+@pytest.mark.newest
+def test_the_crop_follows_the_word(run: Callable[[Path], Run], server: HostServer, object_info: dict[str, Any]) -> None:
+    """With the other word the crop is around the other object; only the named one is sampled again, at twice its size or so."""
+    from scenes import detect
+
+    objects = {"green triangle": ("green", "triangle"), "red star": ("red", "star")}
+    shipped, other = objects
+    prompt = workflow_files.convert(load(CROP), object_info)
+    by_title = {entry["_meta"]["title"]: entry["inputs"] for entry in prompt.values()}
+    assert by_title["The word becomes a mask"]["words"] == shipped
+    by_title["The word becomes a mask"]["words"], by_title["Prompt of the detail"]["text"] = other, f"a {other}"
+    prompt["first"] = {"class_type": "PreviewImage", "inputs": {"images": by_title["The word becomes a mask"]["images"]}}
+    images = {
+        prompt[picture.node].get("_meta", {}).get("title", picture.node): fetched(server, picture)
+        for picture in server.run(prompt).images
+    }
+    first, finished = images["first"], {shipped: run(CROP).images, other: images}
+    found = {words: detect.find(torch.from_numpy(first / 255), *parts) for words, parts in objects.items()}
+    assert all(finding.right for finding in found.values())
+
+    for named, unnamed in (objects, reversed(objects)):
+        crop, again, pasted = (finished[named][title] for title in ("The crop", "Sampled again", "Pasted back"))
+        assert drawn(crop, *objects[named]) and drawn(again, *objects[named]) and not drawn(crop, *objects[unnamed])
+        enlarged = detect.find(torch.from_numpy(crop / 255), *objects[named]).mask
+        assert enlarged.sum() > 2 * found[named].mask.sum(), "its area"
+        cell = len(first) // detect.GRID
+        changed = (np.abs(pasted - first).max(axis=2) > 8).reshape(detect.GRID, cell, detect.GRID, cell).any(axis=(1, 3))
+        assert changed[found[named].mask.numpy()].any() and not changed[found[unnamed].mask.numpy()].any()
 
 
 # ------------------------------------------------------------------------------------------ DiT
