@@ -42,7 +42,7 @@ def guidance_inputs() -> list[io.Input]:
                 min=0.0,
                 max=1.0,
                 step=0.01,
-                tooltip="Fraction of scale_factor that is left at the last step (under a square root).",
+                tooltip="How much of the strength is left at the last step: the square root of this number, so 0.5 leaves 71 %.",
             )
         ),
         advanced(
@@ -125,14 +125,16 @@ def guidance_inputs() -> list[io.Input]:
                 "with a fraction of the memory. auto decides by the free memory.",
             )
         ),
-        io.Clip.Input("clip", optional=True, tooltip="Only for prompts from other encoders: the text encoder that was used."),
+        io.Clip.Input(
+            "clip", optional=True, tooltip="Only for prompts not encoded by Prompt with Subjects: the text encoder that was used."
+        ),
         advanced(
             io.String.Input(
                 "text",
                 optional=True,
                 multiline=True,
                 default="",
-                tooltip="Only for prompts from other encoders: the positive prompt, exactly as it was encoded.",
+                tooltip="Only for prompts not encoded by Prompt with Subjects: the positive prompt, exactly as it was encoded.",
             )
         ),
         advanced(

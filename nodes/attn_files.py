@@ -47,7 +47,7 @@ class FoveaSaveAttnMaps(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default=f"{_FOLDER}/maps",
-                    tooltip="Start of the file's name, in the output folder. Folders and marks such as %year%, "
+                    tooltip="Start of the file's name, in the output folder. Folders and placeholders such as %year%, "
                     "%date:yyyy-MM-dd%, %width% or %KSampler.seed% work as in Save Image.",
                 ),
             ],

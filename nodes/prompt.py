@@ -72,10 +72,12 @@ class FoveaPromptSDXL(io.ComfyNode):
             search_aliases=["prompt", "clip text encode sdxl", "subjects", "tokens", "words", "text_g", "text_l"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoders of an SDXL checkpoint."),
-                _pixels("width", 1024, "Width that SDXL takes the original image to have had, in pixels."),
-                _pixels("height", 1024, "Height that SDXL takes the original image to have had, in pixels."),
-                advanced(_pixels("crop_w", 0, "Pixels that SDXL takes to be cropped off on the left.")),
-                advanced(_pixels("crop_h", 0, "Pixels that SDXL takes to be cropped off at the top.")),
+                _pixels("width", 1024, "Original width given to SDXL, in pixels. Low values look like a small image, scaled up."),
+                _pixels(
+                    "height", 1024, "Original height given to SDXL, in pixels. Low values look like a small image, scaled up."
+                ),
+                advanced(_pixels("crop_w", 0, "Crop on the left given to SDXL, in pixels. 0 keeps the subject whole.")),
+                advanced(_pixels("crop_h", 0, "Crop at the top given to SDXL, in pixels. 0 keeps the subject whole.")),
                 _pixels("target_width", 1024, "Width of the image to generate, in pixels."),
                 _pixels("target_height", 1024, "Height of the image to generate, in pixels."),
                 io.String.Input(

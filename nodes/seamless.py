@@ -154,7 +154,7 @@ class FoveaTileView(io.ComfyNode):
         return node_schema(
             "FoveaTileView",
             display_name="View Tile",
-            description="Shows a tile as its seams are best seen: four copies side by side, or with its edges in the middle.",
+            description="Shows a tile so that seams are easy to see: four copies side by side, or with its edges in the middle.",
             search_aliases=["seamless", "tileable", "seam", "offset", "repeat", "preview", "2x2"],
             inputs=[
                 io.Image.Input("images", tooltip="The decoded image of the tile."),

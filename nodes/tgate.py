@@ -22,8 +22,8 @@ class TGateCache(io.ComfyNode):
             display_name="T-GATE Cache",
             description=(
                 "Makes sampling faster and keeps nearly the same image: once the composition is settled, steps are skipped where "
-                "their result can be extrapolated. 'as published' instead reuses attention to the prompt and no longer computes "
-                "the negative prompt. Place it between the model and the sampler."
+                "their result can be predicted from the steps before. 'as published' instead reuses attention to the prompt and "
+                "no longer computes the negative prompt. Place it between the model and the sampler."
             ),
             not_idempotent=True,  # its text is its own, from the cache too
             search_aliases=["t-gate", "tgate", "faster", "speed", "speed up", "cache", "accelerate", "skip cfg"],
@@ -156,9 +156,9 @@ class TGateCache(io.ComfyNode):
                     options=_values(Schedule),
                     default=Schedule.SKIP.value,
                     optional=True,
-                    tooltip="What happens after the gate. 'skip steps' is closest to the image without T-GATE: where the error "
-                    "to expect is at most max_error, a step is extrapolated from the last ones computed in full; only gate_at, "
-                    "gate_on, full_at_end and max_error act. 'as published' is T-GATE, with all inputs but max_error.",
+                    tooltip="What happens after the gate. 'skip steps' is closest to the image without T-GATE: a step whose "
+                    "expected error is at most max_error is predicted from the last ones computed in full; only gate_at, "
+                    "gate_on, full_at_end and max_error have an effect. 'as published' is T-GATE, with all inputs but max_error.",
                 ),
                 io.Float.Input(
                     "max_error",

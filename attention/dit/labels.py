@@ -131,7 +131,7 @@ def _first(entries: Sequence[str]) -> tuple[int, int]:
 
 def _checked(digits: str) -> int:
     if len(digits) > 9 or int(digits) >= MOST_CLASSES:
-        raise ValueError(f"labels has '{digits}', which is no class number: ImageNet's are 0 to {len(imagenet_names()) - 1}.")
+        raise ValueError(f"labels has '{digits}', which is not a class number: ImageNet's are 0 to {len(imagenet_names()) - 1}.")
     return int(digits)
 
 

@@ -136,7 +136,7 @@ class DiTModel(comfy.model_base.HunyuanDiT):
         """Return the classes for ``noise`` and, where they are blended, their shares, with the null class as the last."""
         if labels is None:
             raise ValueError(
-                "This model is told a class, not a prompt: connect DiT Class Label to the sampler, its first output as positive "
+                "This model takes a class, not a prompt: connect DiT Class Label to the sampler, its first output as positive "
                 "and its second (no class) as negative."
             )
         classes, images = self.diffusion_model.classes, noise.shape[0]

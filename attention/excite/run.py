@@ -211,7 +211,7 @@ class ExciteRun:
         if counts.missed and self.last is not None:
             listed = ", ".join(f"{wanted:g} in {images}" for wanted, images in sorted(counts.missed.items()))
             text += (
-                f"; thresholds not reached after {self.settings.max_refinements} refinements (at most a subject can be 1.00): "
+                f"; thresholds not reached after {self.settings.max_refinements} refinements (the highest possible is 1.00): "
                 f"{listed} of {len(self.last)} images"
             )
         if counts.skipped:

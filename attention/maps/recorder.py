@@ -193,7 +193,7 @@ class CaptureRun:
         if unseen and len(unseen) == len(self.order):
             self.note("no layer's attention to the text could be seen")
         elif unseen:
-            self.note(f"not to be seen: {list_layers(unseen)}")
+            self.note(f"these layers could not be read: {list_layers(unseen)}")
         recorded = {step for track in self.tracks.values() for step in track.steps}
         without = len(self.seen_steps - recorded)
         if recorded and without:

@@ -271,7 +271,7 @@ def text() -> list[list[Any]]:
 def test_labels_that_do_not_fit_are_errors_before_sampling(load: Callable[..., Any]) -> None:
     model, steps = load(), []
     for positive, message in (
-        (text(), "told a class, not a prompt: connect DiT Class Label"),
+        (text(), "takes a class, not a prompt: connect DiT Class Label"),
         (labels(1000), "label 1000 is none of this model's 1000 classes"),
         (labels(1, 2, 3), "labels names 3 classes, but the latent is a batch of 1: set its batch_size to 3"),
     ):
@@ -280,7 +280,7 @@ def test_labels_that_do_not_fit_are_errors_before_sampling(load: Callable[..., A
     controlled = [[labels(1)[0][0], {**labels(1)[0][1], "control": object()}]]
     with pytest.raises(ValueError, match="no ControlNet for a DiT"):
         model.model.extra_conds(**controlled[0][1], noise=latent())
-    with pytest.raises(ValueError, match="told a class"):
+    with pytest.raises(ValueError, match="takes a class"):
         sample(model, labels(1), text(), callback=lambda step, *_: steps.append(step))
     assert steps == []
 

@@ -89,7 +89,7 @@ def test_a_threshold_that_is_missed_is_said(node_classes, caplog):
         settings = {"subjects": "2, 5", "thresholds": "0:0.9", "max_refinements": 1}
         guider = node_classes["AttendExciteGuider"].execute(model, cond(1), cond(2), **settings)[0]
         guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=1)
-    said = "thresholds not reached after 1 refinements (at most a subject can be 1.00): 0.9 in 2 of 2 images"
+    said = "thresholds not reached after 1 refinements (the highest possible is 1.00): 0.9 in 2 of 2 images"
     assert said in caplog.text
 
 

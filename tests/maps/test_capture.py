@@ -479,9 +479,9 @@ def test_a_block_that_another_node_replaces_is_named(watch, built, caplog):
     watched, maps = watch(replaced)
     with caplog.at_level(logging.INFO, logger="fovea"):
         sample(FAMILIES["flux"], watched)
-    assert maps.layers == ["double.0", "single.0", "single.1"] and maps.notes == ["not to be seen: double.1"]
+    assert maps.layers == ["double.0", "single.0", "single.1"] and maps.notes == ["these layers could not be read: double.1"]
     assert [record.message for record in caplog.records if record.name == "fovea"] == [
-        "Attention maps: 3 layers in 2 of 2 steps, positive and negative prompt; not to be seen: double.1"
+        "Attention maps: 3 layers in 2 of 2 steps, positive and negative prompt; these layers could not be read: double.1"
     ]
 
 
