@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
-from ..attention.excite import ExciteSettings, Loss, LossSettings, parse_thresholds
+from ..attention.excite import ExciteSettings, Layout, Loss, LossSettings, PlaceSettings, parse_thresholds
 from ..attention.gradient import Memory
 from ._schema import advanced
 
@@ -146,6 +148,32 @@ def guidance_inputs() -> list[io.Input]:
                 "of the attention grid, as published.",
             )
         ),
+        io.Combo.Input(
+            "layout",
+            options=[layout.value for layout in Layout],
+            default=Layout.FREE.value,
+            optional=True,
+            tooltip="free: subjects appear wherever the model puts them. own places: each subject gets a part of the image for "
+            "itself, the one where it is strongest at the start; more subjects appear and fewer merge, but the composition is "
+            "more regular.",
+        ),
+        io.Mask.Input(
+            "subject_masks",
+            optional=True,
+            tooltip="Where each subject should be: a batch of masks, one for each subject, in the order of the subjects. White "
+            "is its place. Used instead of the layout.",
+        ),
+        advanced(
+            io.Float.Input(
+                "layout_strength",
+                default=0.5,
+                min=0.0,
+                max=10.0,
+                step=0.05,
+                optional=True,
+                tooltip="How firmly subjects are kept in their places, with layout 'own places' or with masks. 0 is off.",
+            )
+        ),
     ]
 
 
@@ -164,6 +192,9 @@ def excite_settings(
     self_overlap: float,
     memory: str,
     layers: str,
+    layout: str,
+    subject_masks: Any,
+    layout_strength: float,
 ) -> ExciteSettings:
     """Return the settings of the inputs with these names.
 
@@ -180,4 +211,5 @@ def excite_settings(
         losses=LossSettings(Loss(loss), smoothing, sigma, kernel_size, overlap, self_overlap),
         memory=Memory(memory),
         layers=layers,
+        places=PlaceSettings(Layout(layout), subject_masks, layout_strength),
     )

@@ -10,8 +10,10 @@ from ..attention import host
 from ..attention.excite import (
     ExciteGuider,
     ExciteTechnique,
+    Layout,
     Loss,
     check_network,
+    check_places,
     check_subjects,
     guided_names,
     guided_prompts,
@@ -88,14 +90,18 @@ class AttendExciteGuider(io.ComfyNode):
         clip: Any = None,
         text: str = "",
         layers: str = "",
+        layout: str = Layout.FREE.value,
+        subject_masks: Any = None,
+        layout_strength: float = 0.5,
     ) -> io.NodeOutput:
         settings = excite_settings(
             guide_until, scale_factor, scale_end, thresholds, max_refinements, attention_grid, smoothing, sigma, kernel_size,
-            loss, overlap, self_overlap, memory, layers,
+            loss, overlap, self_overlap, memory, layers, layout, subject_masks, layout_strength,
         )  # fmt: skip
         network = host.diffusion_model(model.model)
         check_network(network)
         prompts = guided_prompts(positive, subjects, clip, text)
+        check_places(settings.places, prompts)
         capture = Capture(CaptureSettings(layers=guided_names(network, settings)), AttnMaps())
         guider = ExciteGuider(host.attach(model, capture.key, capture), settings, prompts)
         guider.set_conds(positive, negative)
@@ -149,10 +155,13 @@ class FoveaAttendExcite(io.ComfyNode):
         clip: Any = None,
         text: str = "",
         layers: str = "",
+        layout: str = Layout.FREE.value,
+        subject_masks: Any = None,
+        layout_strength: float = 0.5,
     ) -> io.NodeOutput:
         settings = excite_settings(
             guide_until, scale_factor, scale_end, thresholds, max_refinements, attention_grid, smoothing, sigma, kernel_size,
-            loss, overlap, self_overlap, memory, layers,
+            loss, overlap, self_overlap, memory, layers, layout, subject_masks, layout_strength,
         )  # fmt: skip
         network = host.diffusion_model(model.model)
         check_network(network)

@@ -15,6 +15,7 @@ from ..networks.grids import layer_grid
 from ..networks.table import network_layout
 from .cost import cost_line
 from .layers import GuidedLayers, guided_layers
+from .places import check_places
 from .run import ExciteRun
 from .settings import ExciteSettings
 from .subjects import GuidedPrompt
@@ -48,6 +49,7 @@ class Guidance:
         network = host.diffusion_model(guider.model_patcher.model)
         self._chosen = guided_layers(network, latent, settings)
         _check_room(network, self._chosen, latent, prompts)
+        check_places(settings.places, prompts, any("area" in entry for entry in guider.original_conds.get("positive", [])))
         self._run: ExciteRun | None = None
 
     def sampler(self, sampler: Any) -> Any:

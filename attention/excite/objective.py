@@ -16,6 +16,7 @@ from ..networks.layers import AttentionLayer
 from ..networks.placement import text_placement
 from .losses import Loss, LossSettings, neglect, overlap, self_overlap, strengths, subject_maps, variation
 from .own_rows import OwnPrompt, is_unet, own_inputs
+from .places import Places
 from .subjects import GuidedPrompt
 
 
@@ -26,6 +27,7 @@ class ExciteObjective:
     Attributes:
         grid: what maps are averaged down to where a network's own are finer; None keeps them.
         own: what the prompt's rows are told by where a node computes several prompts at once.
+        places: where the run's subjects should be; None: anywhere.
         strengths: of every image after a pass, (batch, subjects), filled row by row.
     """
 
@@ -34,6 +36,7 @@ class ExciteObjective:
     grid: tuple[int, int] | None
     batch: int
     own: OwnPrompt = OwnPrompt(None, "")
+    places: Places | None = None
     strengths: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +83,8 @@ class ExciteObjective:
             loss = neglect(subjects, [len(subject.positions) for subject in self.prompt.subjects])
         else:
             loss = variation(subjects)
+        if self.places is not None:
+            loss = loss + self.places.loss(subjects, rows)
         if self.settings.overlap:
             loss = loss + self.settings.overlap * overlap(subjects)
         looks = _mean([found for _, found in measurements], "image")

@@ -18,6 +18,7 @@ from .layers import GuidedLayers
 from .losses import lack
 from .objective import ExciteObjective
 from .own_rows import OwnPrompt
+from .places import Places
 from .settings import ExciteSettings
 from .subjects import GuidedPrompt
 
@@ -92,6 +93,7 @@ class ExciteRun:
         self.counts = Counts()
         self.first: Tensor | None = None  # (batch, subjects): before anything was moved, and last seen
         self.last: Tensor | None = None
+        self.places: Places | None = None
         self.progress = host.Progress(steps)
 
     @property
@@ -171,10 +173,12 @@ class ExciteRun:
         best: Gradient | None = None
         weakest = torch.zeros(len(rows))
         strengths: list[Tensor] = []
+        if self.places is None and self.settings.places.active:
+            self.places = Places(self.settings.places, len(seen))
         for cond, prompt in self.prompts:
             grid = self.chosen.grid if "area" not in cond else None
             own = OwnPrompt(_text_of(cond), self.owners)
-            objective = ExciteObjective(prompt, self.settings.losses, grid, len(seen), own)
+            objective = ExciteObjective(prompt, self.settings.losses, grid, len(seen), own, self.places)
             found = self.passes.gradient(cond, seen, sigma, objective, rows)
             strengths.append(objective.strengths if found is not None else torch.full_like(objective.strengths, math.nan))
             if found is None:

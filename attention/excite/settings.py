@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..gradient.model_pass import Memory
 from .losses import LossSettings
+from .places import PlaceSettings
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class ExciteSettings:
     losses: LossSettings = field(default_factory=LossSettings)
     memory: Memory = Memory.AUTO
     layers: str = ""
+    places: PlaceSettings = field(default_factory=PlaceSettings)
 
     def __post_init__(self) -> None:
         _check_fraction("guide_until", self.guide_until, "0.5 guides the first half of the steps")

@@ -42,6 +42,10 @@ DISTILLED: dict[str, dict[str, Any]] = {
     "distilled, published": PUBLISHED,
     "distilled, quick": {"iterations": 1, "learning_rate": 0.03},
     "distilled, end_at 0.9": {"end_at": 0.9},
+    "distilled, start_at 0.2": {"start_at": 0.2},
+    "distilled, every second step": {"every_n_steps": 2},
+    "distilled, every second step at 0.03": {"every_n_steps": 2, "learning_rate": 0.03},
+    "distilled, quick, end_at 0.8": {"iterations": 1, "learning_rate": 0.03, "end_at": 0.8},
 }
 STYLE_ROWS = ("plain", "K/V injection", *DISTILLED)
 DENOISE = {f"guided from content, denoise {share:g}": share for share in (0.5, 0.7)}

@@ -31,16 +31,18 @@ from scenes.evaluate import Prompt
 # What is compared: settings of the node; ``None`` is the plain run. The embedded model lays its objects out at 16 x 16, which is
 # half of its latent's side and not the quarter of the paper's rule, and of its two layers there the decoder's tells sooner which
 # subject will be missing.
-SHIPPED: dict[str, Any] = {"attention_grid": 16, "layers": "output"}
+FREE: dict[str, Any] = {"attention_grid": 16, "layers": "output"}
+SHIPPED: dict[str, Any] = {**FREE, "layout": "own places"}
 RUNS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "shipped": SHIPPED,
-    "higher thresholds": {**SHIPPED, "thresholds": "0:0.05, 0.2:0.9, 0.4:0.95"},
+    "free layout": FREE,
+    "higher thresholds": {**FREE, "thresholds": "0:0.05, 0.2:0.9, 0.4:0.95"},
     "published layers": {},
     "attention_grid 16": {"attention_grid": 16},
-    "overlap 0.5": {**SHIPPED, "overlap": 0.5},
-    "self_overlap 0.5": {**SHIPPED, "self_overlap": 0.5},
-    "divide-and-bind": {**SHIPPED, "loss": "divide-and-bind", "scale_factor": 1.0},
+    "overlap 0.5": {**FREE, "overlap": 0.5},
+    "self_overlap 0.5": {**FREE, "self_overlap": 0.5},
+    "divide-and-bind": {**FREE, "loss": "divide-and-bind", "scale_factor": 1.0},
 }
 
 # How an object of the caption is marked as a subject, by the words of it that are: one, two or three tokens.
