@@ -105,7 +105,14 @@ from .sampling import (
     sigma_at_share,
     smallest_sigma,
 )
-from .step_caches import easycache_skipped, make_caches_compute, make_easycache_compute, move_easycache
+from .step_caches import (
+    cache_skips,
+    easycache_skipped,
+    make_caches_compute,
+    make_easycache_compute,
+    make_lazycache_compute,
+    move_easycache,
+)
 from .steps import StepClock, acting_controls, follow_sampler, read_sigma, steps_done
 from .tiling import AXES, Edges, join_edges, joined_edges, tiling_key
 from .weights import (
@@ -149,6 +156,7 @@ __all__ = [
     "apply_model_text",
     "attach",
     "attention_inputs",
+    "cache_skips",
     "call_with_cond",
     "calls_in_windows",
     "cast_weights",
@@ -206,6 +214,7 @@ __all__ = [
     "maps_files",
     "make_caches_compute",
     "make_easycache_compute",
+    "make_lazycache_compute",
     "mask_images",
     "masked_logits",
     "move_easycache",

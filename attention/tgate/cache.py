@@ -58,12 +58,12 @@ class AttentionCache:
         self.halves.clear()
 
     def holds_means(self, sites: set[str]) -> bool:
-        """Return whether there is a mean for each of some sites, and any at all."""
-        return bool(self.means) and sites <= self.means.keys()
+        """Return whether there are sites, and a mean for each of them."""
+        return bool(sites) and sites <= self.means.keys()
 
     def holds(self, sites: set[str], uuids: list[UUID]) -> bool:
-        """Return whether each of some sites has the output of every cond, and any has."""
-        return bool(self.conds) and all((site, uuid) in self.conds for site in sites for uuid in uuids)
+        """Return whether there are sites, each of which has the output of every cond."""
+        return bool(sites) and all((site, uuid) in self.conds for site in sites for uuid in uuids)
 
     def load(self, site: str, uuids: list[UUID], like: torch.Tensor, mean: bool) -> torch.Tensor | None:
         """Return the stored output for a batch of conds, or None where something is missing or of another shape."""

@@ -30,6 +30,7 @@ class Situation:
         holds_mean: every cross-attention holds the mean of both prompts.
         has_guidance: a step that computed both prompts has been kept (``refresh_every``).
         negative_is_old: the negative prompt was left out since both were last computed.
+        last: the last step that was computed; None: the one before. Another cache may have skipped some since.
     """
 
     step: int
@@ -44,6 +45,12 @@ class Situation:
     holds_mean: bool = False
     has_guidance: bool = False
     negative_is_old: bool = False
+    last: int | None = None
+
+    @property
+    def since(self) -> range:
+        """Return this step, and the ones before it that were not computed."""
+        return range(self.step if self.last is None else min(self.last + 1, self.step), self.step + 1)
 
 
 @dataclass(frozen=True)
@@ -87,15 +94,14 @@ def plan_evaluation(settings: TGateSettings, now: Situation) -> EvaluationPlan:
     pair = _pair(settings, now) if may_drop else None
     kept = _kept(settings, now, pair, notes) if may_drop else None
     keeps_guidance = kept is not None and settings.keeps_guidance
-    refreshes = now.step >= now.gate and settings.refreshes(now.step - now.gate)
+    refreshes = any(step >= now.gate and settings.refreshes(step - now.gate) for step in now.since)
     # What a cond needs that is stored for itself is computed and stored when it first appears; a mean needs both prompts.
     ready = (pair is None or now.holds_mean) and (now.has_guidance or not keeps_guidance)
     opened = now.step >= now.gate and not refreshes and ready
-    step = now.step if opened else min(now.step, now.gate - 1)
     evaluated = kept if opened else None
     lists = now.active if kept is None else (now.active[kept],)
     return EvaluationPlan(
-        attention=plan(step, now.gate, settings) if now.reuses_any else _IN_FULL,
+        attention=_attention(settings, now, opened) if now.reuses_any else _IN_FULL,
         pair=pair,
         kept=evaluated,
         stores=frozenset(uuid for conds in lists for uuid in conds),
@@ -105,6 +111,15 @@ def plan_evaluation(settings: TGateSettings, now: Situation) -> EvaluationPlan:
         must_compute=refreshes or (evaluated is None and now.negative_is_old),
         notes=tuple(notes),
     )
+
+
+def _attention(settings: TGateSettings, now: Situation, opened: bool) -> StepPlan:
+    """Return what attention does; what a step that another cache skipped should have stored, this one stores."""
+    plans = [plan(step if opened else min(step, now.gate - 1), now.gate, settings) for step in now.since]
+    chosen = plans[-1]
+    if chosen.self_attention is Action.REUSE and any(one.self_attention is Action.STORE for one in plans):
+        return replace(chosen, self_attention=Action.STORE)
+    return chosen
 
 
 def has_no_negative(prompts: Sequence[Uuids | None]) -> bool:

@@ -56,6 +56,7 @@ class TGateRun:
         self.main_conds: set[UUID] = set()  # what it holds
         self.guidance: Guidance | None = None  # through the last two steps that computed both prompts, where it is kept
         self.negative_is_old = False  # it was left out since both prompts were last computed
+        self.last: int | None = None  # the last step that was computed
         self.acted: tuple[bool, ...] = ()  # which of other nodes' attention replacements acted in the last evaluation
         self.misfits = 0  # successive evaluations in which stored attention did not fit
         self.reuses_text = True
@@ -98,6 +99,7 @@ class TGateRun:
             holds_mean=self.cache.holds_means(self.seen_sites),
             has_guidance=self.guidance is not None,
             negative_is_old=self.negative_is_old,
+            last=self.last,
         )
 
     def prepare_cache(self, plan: EvaluationPlan, sites: list[AttentionSite], active: set[UUID]) -> None:

@@ -50,14 +50,24 @@ class SkippingRun:
         self.acting: tuple[Any, ...] = ()  # prompts, ControlNets and attention replacements of the last evaluation
         self.another_skipped = False  # EasyCache or LazyCache answered since the last computed step
         self.skipped: set[int] = set()
-        self.by_easycache: set[int] = set()
+        self.other_cache = ""  # EasyCache or LazyCache, where one acts in this run
+        self.other_skips = 0  # how often it has skipped
+        self.by_other_cache: set[int] = set()
         self.beside: set[int] = set()  # skipped steps in which a guider or another node evaluates prompts of its own
         self.refused: dict[int, float] = {}  # steps with too large an error to expect, and that error
         self.stopped = ""
 
-    def begin_evaluation(self, sigma: float, latent_shape: torch.Size, done: int | None) -> None:
-        """Take note of a sampler's evaluation at ``sigma``, and decide about its step where it is the first of it."""
+    def begin_evaluation(self, sigma: float, latent_shape: torch.Size, done: int | None, cache: tuple[str, int]) -> None:
+        """Take note of a sampler's evaluation at ``sigma``, and decide about its step where it is the first of it.
+
+        Args:
+            cache: ComfyUI's cache that acts in this run, and how often it has skipped.
+        """
         step = self.clock.step_at(sigma, done)
+        self.other_cache, skips = cache
+        if skips > self.other_skips:
+            self.by_other_cache |= set(range(self.step + 1, step)) or {self.step}
+        self.other_skips = skips
         self.sigma, self.latent_shape, self.computed = sigma, latent_shape, False
         if step == self.step:
             self.evaluations, self.awaits_main_call = self.evaluations + 1, True
@@ -123,14 +133,18 @@ class SkippingRun:
             return [*reasons, f"switched off in this run: {self.stopped}"]
         if self.window.gate >= self.window.full_from:
             return [*reasons, no_step_left(self.settings, self.clock.steps)]
-        if self.by_easycache:
-            reasons.append(f"EasyCache skipped {len(self.by_easycache)} more")
+        if self.by_other_cache:
+            reasons.append(f"{self.other_cache} skipped {len(self.by_other_cache)} more")
+        elif self.other_cache and self.skipped:
+            reasons.append(f"{self.other_cache} skipped none (the step after one that is skipped here is always computed)")
         if self.beside:
             reasons.append(
                 f"in {len(self.beside)} of them prompts were computed that the guider or another node evaluates by themselves"
             )
         known = [error for error in self.refused.values() if math.isfinite(error)]
-        if not self.skipped and known:
+        if not self.skipped and self.by_other_cache:
+            reasons.append("the step after one of those is always computed, which left too little to extrapolate")
+        elif not self.skipped and known:
             reasons.append(
                 f"the error to expect was {min(known):.2g} or more, and max_error is {self.settings.max_error:g} (samplers that "
                 "add noise in every step, and few steps, leave little to extrapolate)"
@@ -172,7 +186,7 @@ class StepSkipping:
         if run is None:
             return executor(x, timestep, model_options, seed)
         sigma, model_options = read_sigma(timestep, model_options)
-        run.begin_evaluation(sigma, x.shape, host.steps_done(model_options))
+        run.begin_evaluation(sigma, x.shape, host.steps_done(model_options), host.cache_skips(model_options))
         image = executor(x, timestep, model_options, seed)
         if run.computed and run.near_the_gate:
             if run.step >= run.window.gate - 1:
@@ -204,7 +218,7 @@ class StepSkipping:
         predictions = executor(model, conds, x, timestep, model_options)
         run.another_skipped = host.easycache_skipped(model_options)
         if run.another_skipped:
-            run.by_easycache.add(run.step)
+            run.by_other_cache.add(run.step)
         else:
             run.computed = True
             if run.near_the_gate:

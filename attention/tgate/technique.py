@@ -136,6 +136,8 @@ class TGate:
         run.prepare_cache(plan, sites, {uuid for one in now.active for uuid in one})
         if plan.must_compute:
             host.make_easycache_compute(options)
+        if plan.kept is not None and run.settings.keeps_guidance:
+            host.make_lazycache_compute(options)
         lists = now.active if plan.kept is None else (now.active[plan.kept],)
         run.call = call = MainCall(plan, [uuid for one in lists for uuid in one])
         try:
@@ -173,6 +175,7 @@ class TGate:
         if plan.keeps_guidance and plan.attention.self_attention is not Action.REUSE:
             run.keep_guidance(predictions)
         run.negative_is_old = plan.kept is not None
+        run.last = step
         if plan.kept is not None:
             report.dropped.add(step)
         if plan.refreshes:

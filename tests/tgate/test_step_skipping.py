@@ -289,6 +289,25 @@ def test_together_with_easycache_less_is_computed(skipping, caplog, scenes, skip
     assert skipped_in(caplog.text) > 0 and "EasyCache skipped" in caplog.text
 
 
+@pytest.mark.parametrize("threshold", [0.02, 0.2])
+def test_beside_lazycache_the_line_says_which_of_them_skipped(skipping, caplog, scenes, skipped_alone, threshold):
+    """Each needs computed steps to know what a skipped one would cost, so one of them often leaves nothing to the other."""
+    caplog.set_level("INFO")
+    model, positive, negative = scenes
+    apply = host_node("LazyCacheNode", "comfy_extras.nodes_easycache")
+    lazy = apply(model=model, reuse_threshold=threshold, start_percent=0.15, end_percent=0.95, verbose=False)[0]
+    plain, alone = skipped_alone
+    with Calls(model) as calls:
+        result = generate(skipping(lazy), positive, negative, steps=20)
+    ours, theirs = skipped_in(caplog.text), int(re.findall(r"LazyCache - skipped (\d+)/", caplog.text)[-1])
+    assert sum(calls.rows) == 2 * (20 - ours - theirs) <= alone
+    line = next(record.getMessage() for record in caplog.records if record.name == "fovea")
+    assert f"LazyCache skipped {theirs or 'none'}" in line and "add noise" not in line
+    assert ours or "the step after one of those is always computed" in line
+    if ours:
+        assert (result - plain).norm() < 0.1 * plain.norm()
+
+
 def test_maps_of_a_run_that_skips_steps(skipping, node_classes, caplog, small):
     """Capture changes nothing, and steps that were not computed have no maps."""
     gated = skipping(small)

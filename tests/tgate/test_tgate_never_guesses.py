@@ -166,6 +166,37 @@ def test_easycache_goes_on_after_the_gate_and_judges_by_the_prompt_that_is_kept(
     assert "steps after the gate" in caplog.text
 
 
+def lazily(model, threshold: float):
+    return host_node("LazyCacheNode", "comfy_extras.nodes_easycache")(model, threshold, 0.15, 0.95, False)[0]
+
+
+def test_lazycache_skips_the_step_that_stores(tgate, caplog, scenes):
+    """Self-attention that intervals have stored by then is no cross-attention that could be reused."""
+    model, positive, negative = scenes
+    with Counter(model) as counter:
+        generate(tgate(lazily(model, 0.2), sp_interval=5, gate_at=9 / 16), positive, negative, steps=16)
+    assert "attention was stored only in step" in caplog.text and "did not fit" not in caplog.text
+    assert "steps after the gate were not evaluated" in caplog.text
+    assert (0,) in counter.network and counter.from_the_negative_alone == 0
+
+
+@pytest.mark.parametrize("gate", [6, 7])
+def test_a_refresh_that_lazycache_skipped_is_made_up_for(tgate, scenes, gate):
+    """It skips every other step, for one of two gates just those that refresh: guidance was extrapolated to the end."""
+    model, positive, negative = scenes
+    with Counter(model) as counter:
+        generate(tgate(lazily(model, 0.15), refresh_every=2, gate_at=gate / 16), positive, negative, steps=16)
+    assert len(counter.network) <= 12 and counter.network.count((0,)) <= 1
+
+
+def test_lazycache_repeats_no_extrapolated_guidance(tgate, scenes):
+    """Where the gate leaves it steps of both prompts only now and then, the image is that without it."""
+    model, positive, negative = scenes
+    alone = generate(tgate(model, refresh_every=2), positive, negative, steps=16)
+    beside = generate(tgate(lazily(model, 0.1), refresh_every=2), positive, negative, steps=16)
+    assert distance(beside, alone) < 1e-3
+
+
 @pytest.mark.parametrize("kept", KEPT)
 def test_a_negative_prompt_that_ends(tgate, caplog, scenes, kept):
     """Behind its end there is nothing to evaluate of it: the positive prompt is kept, in any case."""
@@ -470,6 +501,9 @@ def test_bad_values_of_the_end(tgate, settings, message):
         ({}, {"step": 4, "reuses_text": False}, ("reuse", 0)),
         ({"refresh_every": 2}, {"step": 5, "holds_mean": True, "has_guidance": True}, ("compute and store", None)),
         ({"refresh_every": 2}, {"step": 4, "holds_mean": True}, ("compute and store", None)),
+        ({"refresh_every": 2}, {"step": 6, "last": 4, "holds_mean": True, "has_guidance": True}, ("compute and store", None)),
+        ({"refresh_every": 2}, {"step": 6, "last": 5, "holds_mean": True, "has_guidance": True}, ("reuse", 0)),
+        ({"refresh_every": 3}, {"step": 6, "last": 6, "holds_mean": True, "has_guidance": True}, ("compute and store", None)),
         ({}, {"step": 8, "holds_mean": True, "full_from": 8}, ("compute", None)),
         ({}, {"step": 0, "gate": 0}, ("reuse", 0)),
     ],
@@ -481,3 +515,13 @@ def test_plan_of_an_evaluation(pack, settings, changes, expected):
     now = {"gate": 4, "full_from": 10, "prompts": (("p",), ("n",)), "active": (("p",), ("n",)), **changes}
     plan = room.plan_evaluation(room.TGateSettings(sp_interval=1, cfg_after_gate=kept, **settings), room.Situation(**now))
     assert (plan.attention.cross_attention.value, plan.kept) == expected
+
+
+@pytest.mark.parametrize(("last", "expected"), [(4, "compute and store"), (5, "reuse"), (None, "reuse")])
+def test_self_attention_that_was_not_stored_in_time_is_stored_next(pack, last, expected):
+    """Step 5 of intervals of 5 would have stored it, and another cache skipped that step."""
+    from fovea_attention.attention import tgate as room
+
+    now = room.Situation(step=6, gate=9, full_from=12, prompts=(("p",), ("n",)), active=(("p",), ("n",)), last=last)
+    plan = room.plan_evaluation(room.TGateSettings(sp_interval=5), now)
+    assert plan.attention.self_attention.value == expected
