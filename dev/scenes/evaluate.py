@@ -90,13 +90,18 @@ def generate(
     batch: int = 16,
     sampler: str = "euler",
     scheduler: str = "normal",
+    numbers: Sequence[int] | None = None,
 ) -> Tensor:
-    """Generate images [N, 256, 256, 3] in 0..1. Prompt i always gets noise i of ``seed``, whatever the batch size."""
+    """Generate images [N, 256, 256, 3] in 0..1.
+
+    Prompt i always gets noise i of ``seed``, whatever the batch size; ``numbers`` says which noise each gets instead.
+    """
     negative, images = encode(clip, [""]), []
+    noises = list(range(len(chosen)) if numbers is None else numbers)
     for start in range(0, len(chosen), batch):
         part = chosen[start : start + batch]
         latent = host_node("EmptyLatentImage")(width=SIDE, height=SIDE, batch_size=len(part))[0]
-        latent["batch_index"] = list(range(start, start + len(part)))
+        latent["batch_index"] = noises[start : start + batch]
         sampled = host_node("KSampler")(
             model=model,
             seed=seed,
