@@ -6,6 +6,8 @@ back, and then the image must be that of the graph without it.
 
 from __future__ import annotations
 
+import importlib
+
 import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.samplers
@@ -28,6 +30,7 @@ import torch
 from families import FAMILIES
 from families import sample as sample_family
 from host_inprocess import host_node
+from scenes import evaluate
 from tgate_reference import Reference, assert_same_image, relative_difference
 from tiny_unet import UNET_CONFIG, cond, latent, randomise, sample, small_model
 
@@ -409,6 +412,41 @@ def test_a_compiled_model_loses_the_negative_prompt_only(tgate, caplog):
     assert "cross-attention reused in 0" in caplog.text and DROPPED in caplog.text
     assert "the model is compiled" in caplog.text
     assert torch.isfinite(result).all()
+
+
+@pytest.mark.newest
+def test_a_block_that_another_pack_compiled_in_place(tgate, caplog, monkeypatch):
+    """On the embedded model, really compiled: whole steps are skipped as without, and else the negative prompt is dropped."""
+    model, clip, _ = evaluate.load()
+    prompts = [evaluate.encode(clip, [text]) for text in ("a red circle and a blue square", "a green triangle and a yellow star")]
+    network = model.model.diffusion_model
+    rows: list[int] = []
+    counter = network.input_blocks[0][0].register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
+
+    def run(**settings):
+        rows.clear()
+        image = sample(tgate(model, **settings), *prompts, steps=STEPS, latent_image=torch.zeros(1, 3, 32, 32))
+        return image, sum(rows)
+
+    skips, published = {"schedule": "skip steps", "max_error": 1.0}, {"cfg_after_gate": "drop (keep negative, as published)"}
+    skipped, fewer = run(**skips)
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("fovea_attention.attention.tgate.run"), "attention_sites", lambda network: [])
+        dropped, single = run(**published)
+    path = next(name for name, module in network.named_modules() if type(module).__name__ == "BasicTransformerBlock")
+    blocks, place = network.get_submodule(path.rpartition(".")[0]), int(path.rpartition(".")[2])
+    block = blocks[place]
+    try:
+        blocks[place] = torch.compile(block, backend="eager")
+        again, counted = run(**skips)
+        assert relative_difference(again, skipped) < 1e-3 and counted == fewer < 2 * STEPS
+        caplog.clear()
+        again, counted = run(**published)
+    finally:
+        blocks[place] = block
+        counter.remove()
+    assert relative_difference(again, dropped) < 1e-3 and counted == single == 2 * GATE + STEPS - GATE
+    assert "the model is compiled, so only the negative prompt is dropped" in caplog.text
 
 
 def test_merged_and_lora_patched_weights(tgate, model):
