@@ -22,12 +22,12 @@ from torch import Tensor
 
 from .. import host
 from ..host import ModelOptions, StepClock, TransformerOptions, follow_sampler, log, read_sigma
-from ..networks.grids import layer_grid
+from ..networks.grids import unet_block, unet_sizes
 from ..networks.layer_names import parse_layers
 from ..networks.layers import AttentionLayer, attention_layers
-from ..networks.table import network_layout, unknown_network_message
+from ..networks.table import LEFT_PADDED_MODELS, network_layout, unknown_network_message
 from .attn_maps import AttnMaps
-from .observer import ModelCall
+from .observer import ModelCall, WatchedModel
 from .recorder import CaptureRun
 from .recording import LatentSize
 from .runs import Run
@@ -42,7 +42,12 @@ def chosen_layers(network: torch.nn.Module, text: str) -> list[AttentionLayer]:
     layers = attention_layers(network)
     names = list(dict.fromkeys(layer.name for layer in layers))
     if not text.strip():
-        return [layer for layer in layers if not layer.name.startswith("middle") and not _is_eighth(network, layer)]
+        coarsest = _coarsest_blocks(network)
+        return [
+            layer
+            for layer in layers
+            if not layer.name.startswith("middle") and (layer.kind == "self" or unet_block(layer.name) not in coarsest)
+        ]
     if all(layer.kind == "unknown" for layer in layers):
         raise ValueError(f"layers is '{text}', but {unknown_network_message(network)}. Leave layers empty.")
     chosen = set(parse_layers(text, names))
@@ -57,13 +62,12 @@ def _kept_latent(latent: Tensor, shapes: Sequence[Sequence[int]] | None) -> Tens
         return latent.detach().to("cpu", torch.float16, copy=True)
 
 
-def _is_eighth(network: torch.nn.Module, layer: AttentionLayer) -> bool:
-    """Return whether a layer's maps of words are eight times smaller than the latent, and so left out by DAAM."""
+def _coarsest_blocks(network: torch.nn.Module) -> set[str]:
+    """Return the blocks of a U-Net whose maps of words are eight times smaller than the latent, and so left out by DAAM."""
     layout = network_layout(network)
-    if layout is None or layout.family != "U-Net" or layer.kind == "self":
-        return False
-    grid = layer_grid(network, layout, layer.name, (1, 1, _LEVELS, _LEVELS))
-    return grid is not None and grid[1] * 8 <= _LEVELS
+    if layout is None or layout.family != "U-Net":
+        return set()
+    return {block for block, (height, _) in unet_sizes(network, _LEVELS, _LEVELS).items() if height * 8 <= _LEVELS}
 
 
 class Capture:
@@ -130,9 +134,10 @@ class Capture:
         if call is None:
             return executor(*args, **kwargs)
         watched = host.with_attention_observer(options, call.observe)
-        swapped = call.layout.drops_options if call.layout is not None else ()
-        if swapped and host.in_worker_thread(options):
-            run.note(f"the attention of {call.layout.family if call.layout else ''} cannot be seen on several GPUs at once")
+        layout = call.model.layout
+        swapped = layout.drops_options if layout is not None else ()
+        if layout is not None and swapped and host.in_worker_thread(options):
+            run.note(f"the attention of {layout.family} cannot be seen on several GPUs at once")
             swapped = ()
         with call.watching(), host.options_for_attention(swapped, watched):
             return executor(*host.with_apply_model_options(args, watched), **kwargs)
@@ -142,31 +147,35 @@ class Capture:
     ) -> ModelCall | None:
         """Return this model call, or None where it is not to be recorded."""
         with run.lock:
-            layers = self._layers(run, model)
-            tracks = run.tracks_for(options) if layers else None
+            watched = self._watched(run, model)
+            tracks = run.tracks_for(options) if watched.layers else None
         if tracks is None:
             return None
-        call = ModelCall(run, model, layers, tracks, args, kwargs, options)
         run.meta.setdefault("model", type(model).__name__)
-        run.meta.setdefault("family", call.layout.family if call.layout else "")
+        run.meta.setdefault("family", watched.layout.family if watched.layout else "")
         gate = host.gate_step(options)
         if gate is not None:
             run.meta["tgate_gate"] = gate
-        return call
+        return ModelCall(run, watched, tracks, args, kwargs, options)
 
-    def _layers(self, run: CaptureRun, model: Any) -> list[AttentionLayer]:
-        """Return the layers of a model that are recorded; looked up once a run."""
-        if id(model) not in run.layers:
-            layers: list[AttentionLayer] = []
-            if host.is_compiled(model):
-                run.note("the model is compiled, so its attention cannot be seen: take the compile node out to capture it")
-            else:
-                layers = chosen_layers(host.diffusion_model(model), self.settings.layers)
-                if not self.settings.self_attention:
-                    layers = [layer for layer in layers if layer.kind != "self"]
-                elif layers and all(layer.kind == "cross" for layer in layers):
-                    network = type(host.diffusion_model(model)).__name__
-                    run.note(f"{NO_SELF_ATTENTION}: {network} computes it together with that of its pose video")
-            run.layers[id(model)] = layers
-            run.order = list(dict.fromkeys([*run.order, *(layer.name for layer in layers)]))
-        return run.layers[id(model)]
+    def _watched(self, run: CaptureRun, model: Any) -> WatchedModel:
+        """Return what is recorded of a model; looked up once a run."""
+        known: WatchedModel | None = run.models.get(id(model))
+        if known is not None:
+            return known
+        network = host.diffusion_model(model)
+        layers: list[AttentionLayer] = []
+        if host.is_compiled(model):
+            run.note("the model is compiled, so its attention cannot be seen: take the compile node out to capture it")
+        else:
+            layers = chosen_layers(network, self.settings.layers)
+            if not self.settings.self_attention:
+                layers = [layer for layer in layers if layer.kind != "self"]
+            elif layers and all(layer.kind == "cross" for layer in layers):
+                run.note(f"{NO_SELF_ATTENTION}: {type(network).__name__} computes it together with that of its pose video")
+        layout = network_layout(network)
+        if layers and layout is None:
+            run.note(unknown_network_message(network))
+        run.order = list(dict.fromkeys([*run.order, *(layer.name for layer in layers)]))
+        run.models[id(model)] = watched = WatchedModel(network, layout, layers, type(model).__name__ in LEFT_PADDED_MODELS)
+        return watched

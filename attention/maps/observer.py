@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import count
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +16,35 @@ from ..host import AttentionInputs, TransformerOptions, attention_inputs
 from ..networks.grids import Grid, token_grid
 from ..networks.layers import AttentionLayer
 from ..networks.placement import CallContext, Placement, image_rows, joint_placement
-from ..networks.table import LEFT_PADDED_MODELS, network_layout, unknown_network_message
+from ..networks.table import NetworkLayout
+from .batches import LayerBatch, Site, size_of_call
 from .probabilities import row_probabilities
 from .recorder import CaptureRun
 from .sums import Track, pooled_mass, pooled_queries, self_grid
+
+Features = tuple[int, int] | None  # height and width of the feature map that an attention call of a U-Net belongs to
+
+
+@dataclass(frozen=True)
+class WatchedModel:
+    """What is recorded of a model; the same in the whole run."""
+
+    network: torch.nn.Module
+    layout: NetworkLayout | None
+    layers: list[AttentionLayer]
+    left_padded: bool
+
+
+class Running:
+    """A layer while its module runs: how often it has called attention, and what the module was given."""
+
+    __slots__ = ("at", "calls", "given", "layer")
+
+    def __init__(self, layer: AttentionLayer, at: int) -> None:
+        self.layer = layer
+        self.at = at
+        self.calls = 0
+        self.given: Any = None
 
 
 class ModelCall:
@@ -29,56 +53,78 @@ class ModelCall:
     def __init__(
         self,
         run: CaptureRun,
-        model: Any,
-        layers: list[AttentionLayer],
+        model: WatchedModel,
         tracks: list[Track],
         args: Sequence[Any],
         arguments: Mapping[str, Any],
         options: TransformerOptions,
     ) -> None:
         self.run = run
+        self.model = model
         self.tracks = tracks
-        self.network = host.diffusion_model(model)
-        self.layout = network_layout(self.network)
-        if self.layout is None:
-            run.note(unknown_network_message(self.network))
+        layout = model.layout
+        self.layout = layout
         self.latent = host.latent_shape(args, arguments)
-        text = host.apply_model_text(args, arguments, self.layout.text if self.layout else "c_crossattn")
+        text = host.apply_model_text(args, arguments, layout.text if layout else "c_crossattn")
         self.text = 0 if text is None else text.shape[1]
-        self.left_padded = type(model).__name__ in LEFT_PADDED_MODELS
-        self.repeats_text = self.layout is None or self.layout.repeats_text
+        self.repeats_text = layout is None or layout.repeats_text
+        self.has_features = layout is not None and layout.patch is None
         self.arguments = arguments
         self.options = options
-        self.layers = layers
-        self.running: list[tuple[AttentionLayer, Iterator[int], tuple[int, ...]]] = []
-        self.seen: Counter[str] = Counter()  # attention to the text, by layer
+        self.in_worker = host.in_worker_thread(options)
+        self.plan = run.plan_of(self._form())
+        self.running: list[Running] = []
+        self.seen: dict[str, int] = {}  # attention to the text, by layer
+        self.met: list[Site] = []  # that look at the text, in order
+        self.is_new = False  # one of them came in no earlier model call of this form
+
+    def _form(self) -> Hashable:
+        """Return what the places of tokens depend on."""
+        others = tuple([(name, _form_of(value)) for name, value in self.arguments.items()])
+        return id(self.model), tuple(map(id, self.tracks)), self.latent, self.text, others
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks on the layers' modules for the length of the model call."""
-        with ExitStack() as stack:
-            for layer in self.layers:
-                stack.callback(layer.module.register_forward_pre_hook(self._enter(layer)).remove)
-                stack.callback(layer.module.register_forward_hook(self._leave).remove)
-                if layer.kind in ("self", "cross") and self._is_replaced(layer):
-                    self._watch_projections(stack, layer)
-            yield
-        for layer in self.layers:
+        """Follow the layers' modules for the length of the model call, and record what was kept for later at its end."""
+        layers = self.model.layers
+        forwards = [(layer.module, self._marked(Running(layer, at), layer.module.forward)) for at, layer in enumerate(layers)]
+        try:
+            with host.swapped_forward(forwards), ExitStack() as stack:
+                for kind in [kind for kind, name in _PATCHED.items() if host.has_replacements(self.options, name)]:
+                    for layer in layers:
+                        if layer.kind == kind and hasattr(layer.module, "to_q"):
+                            self._watch_projections(stack, layer)
+                yield
+            for batch in self.plan.batches:
+                if batch.names:
+                    self._add_batch(batch)
+            if self.plan.batches:
+                grids = dict.fromkeys([site.place.grid for site in self.met if site.place is not None])
+                self.run.sort_steps(self.tracks, list(grids))
+            if self.is_new and not self.in_worker:
+                self.plan.plan(self.met)
+        finally:
+            for batch in self.plan.batches:
+                if batch.names:
+                    batch.drop()
+        for layer in layers:
             if layer.kind != "self" and layer.name not in self.seen:
                 self.run.missed[layer.name] += 1
 
-    def _enter(self, layer: AttentionLayer) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, inputs: Any) -> None:
-            shape = tuple(inputs[0].shape) if inputs and torch.is_tensor(inputs[0]) else ()
-            self.running.append((layer, count(), shape))
+    def _marked(self, running: Running, forward: Callable[..., Any]) -> Callable[..., Any]:
+        stack = self.running
 
-        return hook
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            running.calls = 0
+            running.given = args[0] if args else None
+            stack.append(running)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                stack.pop()
+                running.given = None
 
-    def _leave(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        self.running.pop()
-
-    def _is_replaced(self, layer: AttentionLayer) -> bool:
-        return hasattr(layer.module, "to_q") and host.has_replacements(self.options, "attn1" if layer.kind == "self" else "attn2")
+        return marked
 
     def _watch_projections(self, stack: ExitStack, layer: AttentionLayer) -> None:
         """Another node computes this layer's attention from the module's own projections: what they return is to be seen."""
@@ -88,9 +134,10 @@ class ModelCall:
             queries[:] = [output]
 
         def key(module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
-            if queries and not any(running is layer for running, _, _ in self.running):
+            if queries and not any(running.layer is layer for running in self.running):
                 self.run.note("another node replaces attention modules; shown is the text's attention without what it adds")
-                self._record(layer, attention_inputs(queries[0], output, layer.module.heads), (), self.options)  # type: ignore[arg-type]
+                inputs = attention_inputs(queries[0], output, layer.module.heads)  # type: ignore[arg-type]
+                self._record(layer, inputs, self._features(None, self.options) if self.has_features else None)
                 queries.clear()
 
         for name, hook in (("to_q", query), ("to_k", key)):
@@ -114,32 +161,62 @@ class ModelCall:
         """Record one attention call, with the arguments of ComfyUI's attention functions."""
         if not self.running:
             return
-        layer, calls, shape = self.running[-1]
-        if next(calls) >= layer.skip:
+        running = self.running[-1]
+        running.calls += 1
+        layer = running.layer
+        if running.calls <= layer.skip:
+            return
+        options = transformer_options or self.options
+        features = self._features(running.given, options) if self.has_features else None
+        key = (running.at, running.calls, q.shape, k.shape, heads, skip_reshape, scale, mask is None, features, q.device)
+        site = self.plan.sites.get(key)
+        by_itself = self.run.memory.side is not None or q.requires_grad or k.requires_grad
+        if site is None or site.batch is None or by_itself:
             inputs = attention_inputs(q, k, heads, mask=mask, skip_reshape=skip_reshape, scale=scale)
-            self._record(layer, inputs, shape, transformer_options or self.options)
+            place = self._record(layer, inputs, features, site)
+            if site is None:
+                size = None
+                if place is not None and mask is None and layer.kind != "unknown" and not self.in_worker:
+                    size = size_of_call(q, k, heads, scale, place, heads_first=skip_reshape)
+                site = self.plan.sites[key] = Site(layer, place, size)
+            if place is not None and place.text is not None:
+                self.is_new = self.is_new or site not in self.plan.planned
+                self.met.append(site)
+        else:
+            self.met.append(site)
+            if site.batch.take(layer.name, q, k):
+                self._add_batch(site.batch)
+
+    def _features(self, given: Any, options: TransformerOptions) -> Features:
+        if isinstance(given, Tensor) and given.ndim == 4:
+            return given.shape[2], given.shape[3]
+        return host.activations_size(options)
 
     @torch.no_grad()
     def _record(
-        self, layer: AttentionLayer, inputs: AttentionInputs, shape: tuple[int, ...], options: TransformerOptions
-    ) -> None:
+        self, layer: AttentionLayer, inputs: AttentionInputs, features: Features, site: Site | None = None
+    ) -> Placement | None:
+        """Record one attention call by itself. Return where text and image are in it."""
         if inputs.batch % len(self.tracks) or inputs.batch != self.latent[0]:
             self.run.note("another node changes the batch inside attention, so some of it is left out")
-            return
-        place = self._place(layer, inputs, shape, options)
+            return None
+        place = self._place(layer, inputs, features) if site is None else site.place
         if place is None:
-            return
+            return None
         keeps_self = self.run.settings.self_attention and place.image is not None
-        if place.text is None and not keeps_self:
-            return
-        self._add(layer, inputs, place, keeps_self)
+        if place.text is not None or keeps_self:
+            self._add(layer, inputs, place, keeps_self)
+        return place
 
     def _add(self, layer: AttentionLayer, inputs: AttentionInputs, place: Placement, keeps_self: bool) -> None:
         """Cut text and image columns out of every row's softmax, and add them to each prompt's sums."""
         batch, heads, queries = inputs.batch, inputs.heads, math.prod(place.grid)
         text = place.text
-        size = 0 if text is None else 4 * batch * heads * self._stored(text.stop - text.start) * queries
-        kept = heads if self.run.keeps_heads(size) else 1
+        if text is not None:
+            for waiting in self.plan.batches:  # what is added up on one grid is added in the order of the layers
+                if waiting.names and waiting.grid == place.grid:
+                    self._add_batch(waiting)
+        kept = self._kept_heads(batch, heads, 0 if text is None else text.stop - text.start, queries)
         own = self_grid(place.grid, self.run.memory.self_tokens)
         parts: list[list[Tensor]] = [[] for _ in self.tracks]
         looks = inputs.q.new_empty(batch, queries, math.prod(own), dtype=torch.float32) if keeps_self else None
@@ -150,17 +227,16 @@ class ModelCall:
                     repeated = place.repeated_text.stop - place.repeated_text.start
                     columns = torch.cat([columns[..., :-repeated], columns[..., -repeated:] + rows[..., place.repeated_text]], -1)
                 for track, chunk, part in zip(self.tracks, columns.chunk(len(self.tracks)), parts, strict=True):
-                    shown = track.without_padding(self._folded(chunk if kept > 1 else chunk.mean(1, keepdim=True), track))
-                    part.append(shown.transpose(-1, -2).contiguous())
+                    part.append(self._shown(chunk, track, kept))
             if looks is not None:
                 looks[:, start : start + rows.shape[2]] = pooled_mass(rows[..., place.image].sum(1), place.grid, own)
         name = layer.name
         if text is not None:
-            if layer.kind == "unknown" and self.seen[name]:  # a layer that nothing is known of may look at the text again
+            if layer.kind == "unknown" and name in self.seen:  # a layer that nothing is known of may look at the text again
                 name = f"{name}.{self.seen[name]}"
                 if name not in self.run.order:
                     self.run.order.append(name)
-            self.seen[layer.name] += 1
+            self.seen[layer.name] = self.seen.get(layer.name, 0) + 1
         for index, (track, part) in enumerate(zip(self.tracks, parts, strict=True)):
             if part:
                 maps = part[0] if len(part) == 1 else torch.cat(part, -1)
@@ -169,9 +245,33 @@ class ModelCall:
                 mine = slice(index * batch // len(self.tracks), (index + 1) * batch // len(self.tracks))
                 self.run.add_self(track, own, heads, pooled_queries(looks[mine], place.grid, own))
 
+    def _add_batch(self, batch: LayerBatch) -> None:
+        """Add the attention of several layers to each prompt's sums."""
+        size, grid = batch.size, batch.grid
+        kept = self._kept_heads(size.batch, size.heads, size.keys, size.queries)
+        names, rows = batch.rows()
+        for name in names:
+            self.seen[name] = 1
+        shown = []
+        for track, columns in zip(self.tracks, rows.chunk(len(self.tracks), 1), strict=True):
+            maps = self._shown(columns, track, kept)
+            shown.append(maps.view(*maps.shape[:-1], *grid))
+        self.run.add_texts(self.tracks, names, size.heads, shown)
+
+    def _kept_heads(self, batch: int, heads: int, tokens: int, queries: int) -> int:
+        """Return how many heads are kept apart of an attention call: all of them, or only their mean."""
+        size = 4 * batch * heads * self._stored(tokens) * queries if tokens else 0
+        return heads if self.run.keeps_heads(size) else 1
+
     def _stored(self, tokens: int) -> int:
         """Return how many of a text's tokens get maps of their own, the mean over the prompts of the batch."""
-        return max(tokens - sum(len(track.padding) for track in self.tracks) // len(self.tracks), 1)
+        return max(tokens - sum([len(track.padding) for track in self.tracks]) // len(self.tracks), 1)
+
+    def _shown(self, columns: Tensor, track: Track, kept: int) -> Tensor:
+        """Return attention (..., heads, image, text) to the tokens that a view may show: (..., heads or 1, tokens, image)."""
+        if kept == 1:
+            columns = columns.mean(-3, keepdim=True)
+        return track.without_padding(self._folded(columns, track)).transpose(-1, -2).contiguous()
 
     def _folded(self, columns: Tensor, track: Track) -> Tensor:
         """Return attention (..., tokens) to the prompt's own rows.
@@ -179,24 +279,24 @@ class ModelCall:
         ComfyUI repeats a shorter prompt to the length of a longer one it is batched with, and pads some on the left.
         """
         tokens, rows = columns.shape[-1], track.rows
-        if rows and self.left_padded and tokens > rows:
+        if not rows or rows == tokens:
+            return columns
+        if self.model.left_padded and tokens > rows:
             return columns[..., tokens - rows :]
-        if rows and self.repeats_text and tokens == self.text and tokens % rows == 0:
+        if self.repeats_text and tokens == self.text and tokens % rows == 0:
             return columns.unflatten(-1, (-1, rows)).sum(-2)
         return columns
 
     # Where the tokens are
 
-    def _place(
-        self, layer: AttentionLayer, inputs: AttentionInputs, shape: tuple[int, ...], options: TransformerOptions
-    ) -> Placement | None:
-        grid = self._grid(layer, inputs, shape, options)
+    def _place(self, layer: AttentionLayer, inputs: AttentionInputs, features: Features) -> Placement | None:
+        grid = self._grid(inputs, features)
         if grid is None or inputs.queries < math.prod(grid):
             if not (self.layout is not None and self.layout.guided):
                 self._note_unplaced(layer)
             return None
         if layer.kind == "joint":
-            place = self._place_joint(inputs, grid)
+            place = joint_placement(self._context(), inputs.keys, inputs.queries, grid)
             if place is None:
                 self._note_unplaced(layer)
             return place
@@ -210,23 +310,25 @@ class ModelCall:
             return None
         return Placement(grid, rows, slice(0, inputs.keys), None)
 
-    def _place_joint(self, inputs: AttentionInputs, grid: Grid) -> Placement | None:
-        return joint_placement(self._context(), inputs.keys, inputs.queries, grid)
-
     def _context(self) -> CallContext:
-        return CallContext(self.network, self.layout, self.latent, self.text, self.arguments)
+        return CallContext(self.model.network, self.layout, self.latent, self.text, self.arguments)
 
-    def _grid(
-        self, layer: AttentionLayer, inputs: AttentionInputs, shape: tuple[int, ...], options: TransformerOptions
-    ) -> Grid | None:
-        if self.layout is not None and self.layout.patch is None:
-            size = (shape[2], shape[3]) if len(shape) == 4 else host.activations_size(options)
-            if size is not None:
-                return 1, *size
-        return token_grid(self.network, self.layout, self.latent, inputs.queries)
+    def _grid(self, inputs: AttentionInputs, features: Features) -> Grid | None:
+        if features is not None:
+            return 1, *features
+        return token_grid(self.model.network, self.layout, self.latent, inputs.queries)
 
     def _note_unplaced(self, layer: AttentionLayer) -> None:
         if layer.kind in ("cross", "joint"):
             self.run.note(
                 "some attention has tokens that cannot be told apart: reference images, or another node merges or splits tokens"
             )
+
+
+# The options under which other nodes replace a layer's attention.
+_PATCHED = {"self": "attn1", "cross": "attn2"}
+
+
+def _form_of(value: Any) -> Hashable:
+    """Return what the places of tokens may depend on in an argument of a model call: its shape, or whether it is there."""
+    return value.shape if isinstance(value, Tensor) else value is None

@@ -13,6 +13,11 @@ from ..host import AttentionInputs
 _CHUNK_ELEMENTS = 16 * 1024 * 1024
 
 
+def calls_at_once(batch: int, heads: int, queries: int, keys: int) -> int:
+    """Return how many attention calls of this size have their logits in one chunk."""
+    return _CHUNK_ELEMENTS // max(batch * heads * queries * keys, 1)
+
+
 def row_probabilities(inputs: AttentionInputs, rows: slice) -> Iterator[tuple[int, Tensor]]:
     """Yield chunks of the queries ``rows``: the offset from the first, and (batch, heads, chunk, keys), whose rows sum to 1."""
     first, last, _ = rows.indices(inputs.queries)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
@@ -23,12 +23,13 @@ from ..host import StepClock, TransformerOptions
 from ..networks.grids import Grid
 from ..networks.layer_names import list_layers
 from ..prompts import METADATA, encoded_fingerprint, known_metadata
+from .batches import CallPlan
 from .finish import filled_tracks, finished
 from .memory import CaptureMemory
 from .padding import padding_of
 from .recording import Recording
 from .settings import CaptureSettings
-from .sums import LayerSum, SelfSum, Track, pooled, pooled_self, size_of
+from .sums import LayerSum, SelfSum, Track, add_steps, lowered, pooled, pooled_self, size_of
 
 
 class CaptureRun:
@@ -49,7 +50,8 @@ class CaptureRun:
         self.seen: set[tuple[str, UUID]] = set()  # prompts that had their model call in this evaluation
 
         self.tracks: dict[tuple[str, UUID], Track] = {}
-        self.layers: dict[int, Any] = {}  # what is watched in each model
+        self.models: dict[int, Any] = {}  # what is watched in each model
+        self.plans: dict[Hashable, CallPlan] = {}
         self.order: list[str] = []  # of the layers, in the network
         self.meta: dict[str, Any] = {}
         self.notes: dict[str, None] = {}
@@ -130,6 +132,13 @@ class CaptureRun:
         """Keep something that the user should know, for the run's log line and the maps."""
         self.notes[text] = None
 
+    def plan_of(self, form: Hashable) -> CallPlan:
+        """Return what is known of model calls of one form."""
+        plan = self.plans.get(form)
+        if plan is None:
+            plan = self.plans[form] = CallPlan()
+        return plan
+
     # Adding up
 
     def add_text(self, track: Track, layer: str, heads: int, maps: Tensor) -> None:
@@ -149,6 +158,45 @@ class CaptureRun:
                 track.layers[layer] = known = LayerSum(heads, torch.zeros_like(memory.reduced(maps), device=device))
             known.add(memory.reduced(maps).to(known.total.device))
             track.add_step(pooled(step_maps, memory.side).to(known.total.device), heads)
+
+    def add_texts(self, tracks: Sequence[Track], layers: Sequence[str], heads: int, maps: Sequence[Tensor]) -> None:
+        """Add one call's attention of several layers on one grid to each prompt's sums.
+
+        Args:
+            maps: for each track (layers, batch, heads or 1, tokens, frames, height, width).
+        """
+        with self.lock:
+            is_known = self._adds_in_place(tracks, layers, heads, maps)
+        if not is_known:
+            for track, together in zip(tracks, maps, strict=True):
+                for layer, each in zip(layers, together.unbind(0), strict=True):
+                    self.add_text(track, layer, heads, each)
+
+    def _adds_in_place(self, tracks: Sequence[Track], layers: Sequence[str], heads: int, maps: Sequence[Tensor]) -> bool:
+        """Return whether sums of this size were there, so that all could be added at once."""
+        memory, side = self.memory, self.memory.side
+        totals: list[Tensor] = []
+        added: list[Tensor] = []
+        step_maps: list[Tensor] = []
+        for track, together in zip(tracks, maps, strict=True):
+            reduced = pooled(together if memory.heads_apart else together.mean(2, keepdim=True), side)
+            shape, device = reduced.shape[1:], reduced.device
+            for layer in layers:
+                known = track.layers.get(layer)
+                if known is None or known.total.shape != shape or known.total.device != device:
+                    return False
+                totals.append(known.total)
+            added += reduced.unbind(0)
+            step_maps.append(pooled(together.sum(2) if together.shape[2] == heads else together.mean(2) * heads, side))
+        torch._foreach_add_(totals, added)
+        add_steps(tracks, step_maps, heads)
+        return True
+
+    def sort_steps(self, tracks: Sequence[Track], grids: Sequence[Grid]) -> None:
+        """Bring what this step has added into the order of the layers' calls, in which it is added up at its end."""
+        with self.lock:
+            for track in tracks:
+                track.sort_step([lowered(grid, self.memory.side) for grid in grids])
 
     def add_self(self, track: Track, grid: Grid, heads: int, matrix: Tensor) -> None:
         """Add one call's self-attention, summed over heads: (batch, queries, keys) on ``grid``."""

@@ -7,6 +7,7 @@ tokens, frames, height, width), float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,15 +93,19 @@ class Track:
 
     @property
     def finest(self) -> Grid:
-        grids = (grid_of(layer.total) for layer in self.layers.values())
-        return max(grids, key=lambda grid: grid[1] * grid[2])
+        frames, height, width = 0, 0, 0
+        for layer in self.layers.values():
+            shape = layer.total.shape
+            if shape[-2] * shape[-1] > height * width:
+                frames, height, width = shape[-3:]
+        return frames, height, width
 
     @property
     def bytes(self) -> int:
-        tensors = [*(layer.total for layer in self.layers.values()), *(entry.total for entry in self.self_sums.values())]
-        tensors += [*self.step_maps, *(maps for maps, _ in self.step.values())]
+        tensors = [layer.total for layer in self.layers.values()] + [entry.total for entry in self.self_sums.values()]
+        tensors += [*self.step_maps, *[maps for maps, _ in self.step.values()]]
         tensors += [] if self.before is None else [self.before]
-        return sum(size_of(tensor) for tensor in tensors)
+        return sum([tensor.nbytes for tensor in tensors])
 
     def finish_step(self, step: int, keep_maps: bool) -> None:
         """Take this step's maps together on the finest grid."""
@@ -140,6 +145,11 @@ class Track:
         known = self.step.get(grid)
         self.step[grid] = (maps, heads) if known is None else (known[0] + maps, known[1] + heads)
 
+    def sort_step(self, grids: Sequence[Grid]) -> None:
+        """Bring this step's maps into the order of ``grids``."""
+        if list(self.step) != grids:
+            self.step = {grid: self.step[grid] for grid in dict.fromkeys([*grids, *self.step]) if grid in self.step}
+
     def add_self(self, matrix: Tensor, grid: Grid, weight: int) -> None:
         known = self.self_sums.get(grid)
         if known is None:
@@ -149,16 +159,38 @@ class Track:
             known.weight += weight
 
 
+def add_steps(tracks: Sequence[Track], maps: Sequence[Tensor], heads: int) -> None:
+    """Add several layers' maps (layers, batch, tokens, frames, height, width) to each track's step, in the layers' order."""
+    grid = grid_of(maps[0])
+    weight = heads * maps[0].shape[0]
+    before = [track.step[grid] for track in tracks if grid in track.step]
+    by_layer = [list(layer) for layer in zip(*[each.unbind(0) for each in maps], strict=True)]
+    if len(before) == len(tracks):
+        sums = [total for total, _ in before]
+    elif not before:
+        before = [(each, 0) for each in maps]
+        sums = by_layer.pop(0)
+    else:
+        for track, each in zip(tracks, maps, strict=True):
+            for one in each.unbind(0):
+                track.add_step(one, heads)
+        return
+    for layer in by_layer:
+        sums = list(torch._foreach_add(sums, layer))
+    for track, (_, known), total in zip(tracks, before, sums, strict=True):
+        track.step[grid] = (total, known + weight)
+
+
 def grid_of(maps: Tensor) -> Grid:
     frames, height, width = maps.shape[-3:]
     return frames, height, width
 
 
 def size_of(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return tensor.nbytes
 
 
-def _lowered(grid: Grid, side: int | None) -> Grid:
+def lowered(grid: Grid, side: int | None) -> Grid:
     """Return the grid halved until no side is longer than ``side``."""
     frames, height, width = grid
     while side is not None and max(height, width) > side:
@@ -167,9 +199,11 @@ def _lowered(grid: Grid, side: int | None) -> Grid:
 
 
 def pooled(maps: Tensor, side: int | None) -> Tensor:
+    if side is None:
+        return maps
     grid = grid_of(maps)
-    lowered = _lowered(grid, side)
-    return maps if lowered == grid else resize_maps(maps, lowered[1:], "area")
+    kept = lowered(grid, side)
+    return maps if kept == grid else resize_maps(maps, kept[1:], "area")
 
 
 def self_grid(grid: Grid, tokens: int) -> Grid:

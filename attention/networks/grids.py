@@ -44,8 +44,7 @@ def layer_grid(network: torch.nn.Module, layout: NetworkLayout | None, name: str
     if layout is None:
         return None
     if layout.family == "U-Net":
-        block = "middle" if name.startswith("middle") else ".".join(name.split(".")[:2])
-        size = _unet_sizes(network, latent[-2], latent[-1]).get(block)
+        size = unet_sizes(network, latent[-2], latent[-1]).get(unet_block(name))
         return None if size is None else (1, *size)
     return token_grid(network, layout, latent, 0) if layout.patch is not None else None
 
@@ -72,7 +71,12 @@ def _divisors(number: int) -> list[int]:
     return small + [number // value for value in small]
 
 
-def _unet_sizes(network: torch.nn.Module, height: int, width: int) -> dict[str, tuple[int, int]]:
+def unet_block(name: str) -> str:
+    """Return the block of a U-Net that a named layer is in."""
+    return "middle" if name.startswith("middle") else ".".join(name.split(".")[:2])
+
+
+def unet_sizes(network: torch.nn.Module, height: int, width: int) -> dict[str, tuple[int, int]]:
     """Return the height and width in each block of a U-Net; every level halves the one before, rounding up."""
     sizes: list[tuple[int, int]] = []
     for block in cast(Iterable[torch.nn.Module], network.input_blocks):
@@ -99,7 +103,8 @@ def resize_maps(maps: torch.Tensor, size: Sequence[int], mode: str = "bicubic", 
         return maps
     height, width = size
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
-    flat = flat if flat.dtype == torch.float64 else flat.float()
+    flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
     flat = interpolate(flat, size=(height, width), mode=mode, antialias=antialias)
     flat = flat.clamp_(min=0) if mode == "bicubic" else flat
-    return flat.to(maps.dtype).view(*maps.shape[:-2], height, width)
+    flat = flat if flat.dtype == maps.dtype else flat.to(maps.dtype)
+    return flat.view(*maps.shape[:-2], height, width)

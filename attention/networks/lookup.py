@@ -29,7 +29,7 @@ def entry_of(cls: type, table: Mapping[str, Entry | None], attribute: str) -> En
             return own
         name = class_name(ancestor)
         if name in table:
-            return table[name] if _inherits_methods(cls, ancestor) else None
+            return table[name] if cls is ancestor or _inherits_methods(cls, ancestor) else None
     return None
 
 

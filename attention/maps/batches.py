@@ -1,0 +1,167 @@
+"""What is decided once for the attention calls of a run, and layers of one size that are computed together.
+
+Where a GPU waits for Python, what a capture costs is the number of its operations, so layers of one size share them: what a
+layer's attention is made of is copied as it comes, and the softmax and its sums are computed for all of them at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..networks.grids import Grid
+from ..networks.layers import AttentionLayer
+from ..networks.placement import Placement
+from .probabilities import calls_at_once
+
+# Copies of less are kept for the run, so that not every step makes them anew.
+_KEPT_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class CallSize:
+    """The size of an attention call, as ComfyUI's attention functions get it.
+
+    Attributes:
+        heads_first: (batch, heads, tokens, channels) and not (batch, tokens, heads * channels).
+    """
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    channels: int
+    scale: float
+    heads_first: bool
+    device: torch.device
+
+
+@dataclass(eq=False)
+class Site:
+    """An attention call of a layer, as it comes again in every step.
+
+    Attributes:
+        place: where text and image are in it; None: it cannot be recorded.
+        size: None where it is not computed together with others.
+        batch: what it is computed with; None: by itself.
+    """
+
+    layer: AttentionLayer
+    place: Placement | None
+    size: CallSize | None = None
+    batch: LayerBatch | None = None
+
+
+@dataclass(eq=False)
+class CallPlan:
+    """What is known of model calls of one form: the same prompts, on a latent of the same size.
+
+    Attributes:
+        sites: by what tells attention calls apart.
+        planned: the sites for which batches have been made, in the order of their calls.
+    """
+
+    sites: dict[Hashable, Site] = field(default_factory=dict)
+    batches: list[LayerBatch] = field(default_factory=list)
+    planned: list[Site] = field(default_factory=list)
+
+    def plan(self, met: list[Site]) -> None:
+        """Let layers of one size be computed together from the next model call on.
+
+        Only where all on a grid have one size: what is added up on a grid is added in the order of the layers.
+
+        Args:
+            met: the sites of a model call that look at the text, in order.
+        """
+        for site in self.planned:
+            site.batch = None
+        self.planned, self.batches = met, []
+        by_grid: dict[Grid, list[Site]] = {}
+        for site in met:
+            if site.place is not None:
+                by_grid.setdefault(site.place.grid, []).append(site)
+        for grid, sites in by_grid.items():
+            size = sites[0].size
+            if size is None or any(site.size != size for site in sites):
+                continue
+            capacity = min(calls_at_once(size.batch, size.heads, size.queries, size.keys), len(sites))
+            if capacity > 1:
+                batch = LayerBatch(size, grid, capacity)
+                self.batches.append(batch)
+                for site in sites:
+                    site.batch = batch
+
+
+class LayerBatch:
+    """Attention calls of one size, computed together; what it takes is copied, since others may write to it later."""
+
+    def __init__(self, size: CallSize, grid: Grid, capacity: int) -> None:
+        self.size = size
+        self.grid = grid
+        self.capacity = capacity
+        self.names: list[str] = []  # of the layers that it holds
+        self._copies: tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]] | None = None
+        tokens = (size.batch, -1, size.heads, size.channels)
+        self._form = (size.batch, size.heads, -1, size.channels) if size.heads_first else tokens
+
+    def take(self, name: str, q: Tensor, k: Tensor) -> bool:
+        """Keep one layer's call. Return whether no other one has room."""
+        _, _, queries, keys = self._copies or self._make_room()
+        at = len(self.names)
+        queries[at].copy_(q.view(self._form))
+        keys[at].copy_(k.view(self._form))
+        self.names.append(name)
+        return at + 1 == self.capacity
+
+    def rows(self) -> tuple[list[str], Tensor]:
+        """Return the layers that it holds, and their probabilities (layers, batch, heads, queries, keys); it is empty then."""
+        names, self.names = self.names, []
+        size = self.size
+        assert self._copies is not None
+        q, k, _, _ = self._copies
+        if len(names) < self.capacity:
+            count = len(names) * size.batch * size.heads
+            q, k = q[:count], k[:count]
+        rows = torch.bmm(q.mul_(size.scale), k).softmax(-1)
+        if 4 * (q.numel() + k.numel()) > _KEPT_BYTES:
+            self._copies = None
+        return names, rows.view(len(names), size.batch, size.heads, size.queries, size.keys)
+
+    def drop(self) -> None:
+        """Forget what it holds: the model call has ended early."""
+        self.names, self._copies = [], None
+
+    def _make_room(self) -> tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]:
+        """Return room for queries and keys as they are multiplied, and its parts in the form in which a call has them."""
+        size, calls = self.size, self.capacity
+        together = calls * size.batch * size.heads
+        q = torch.empty(together, size.queries, size.channels, dtype=torch.float32, device=size.device)
+        k = torch.empty(together, size.channels, size.keys, dtype=torch.float32, device=size.device)
+        by_layer = (calls, size.batch, size.heads)
+        queries = q.view(*by_layer, size.queries, size.channels)
+        keys = k.view(*by_layer, size.channels, size.keys).transpose(-1, -2)
+        if not size.heads_first:
+            queries, keys = queries.transpose(2, 3), keys.transpose(2, 3)
+        self._copies = q, k, queries.unbind(0), keys.unbind(0)
+        return self._copies
+
+
+def size_of_call(
+    q: Tensor, k: Tensor, heads: int, scale: float | None, place: Placement, *, heads_first: bool
+) -> CallSize | None:
+    """Return the size of a call in which all queries, the image's, look at all keys, the text's; None: another one."""
+    if heads_first:
+        queries, keys, channels = q.shape[2], k.shape[2], q.shape[3]
+        same = q.shape[1] == k.shape[1] == heads
+    else:
+        queries, keys = q.shape[1], k.shape[1]
+        channels = math.prod(q.shape[2:]) // heads
+        same = math.prod(k.shape[2:]) == channels * heads
+    whole = place.text == slice(0, keys) and place.rows == slice(0, queries) and place.repeated_text is None
+    if not same or not whole or math.prod(place.grid) != queries:
+        return None
+    return CallSize(q.shape[0], heads, queries, keys, channels, scale or channels**-0.5, heads_first, q.device)
