@@ -27,11 +27,12 @@ from ..networks.layer_names import parse_layers
 from ..networks.layers import AttentionLayer, attention_layers
 from ..networks.table import LEFT_PADDED_MODELS, network_layout, unknown_network_message
 from .attn_maps import AttnMaps
-from .observer import ModelCall, WatchedModel
+from .observer import ModelCall
 from .recorder import CaptureRun
 from .recording import LatentSize
 from .runs import Run
 from .settings import NO_SELF_ATTENTION, CaptureSettings
+from .token_places import WatchedModel
 
 KEY = "fovea.capture"
 _LEVELS = 1024  # side of a latent on which all levels of a U-Net differ

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,26 +12,13 @@ from torch import Tensor
 
 from .. import host
 from ..host import AttentionInputs, TransformerOptions, attention_inputs
-from ..networks.grids import Grid, token_grid
 from ..networks.layers import AttentionLayer
-from ..networks.placement import CallContext, Placement, image_rows, joint_placement
-from ..networks.table import NetworkLayout
+from ..networks.placement import Placement
 from .batches import LayerBatch, Site, size_of_call
 from .probabilities import row_probabilities
 from .recorder import CaptureRun
 from .sums import Track, pooled_mass, pooled_queries, self_grid
-
-Features = tuple[int, int] | None  # height and width of the feature map that an attention call of a U-Net belongs to
-
-
-@dataclass(frozen=True)
-class WatchedModel:
-    """What is recorded of a model; the same in the whole run."""
-
-    network: torch.nn.Module
-    layout: NetworkLayout | None
-    layers: list[AttentionLayer]
-    left_padded: bool
+from .token_places import Features, TokenPlaces, WatchedModel
 
 
 class Running:
@@ -72,6 +58,7 @@ class ModelCall:
         self.arguments = arguments
         self.options = options
         self.in_worker = host.in_worker_thread(options)
+        self.places = TokenPlaces(model, self.latent, self.text, arguments, run.note)
         self.plan = run.plan_of(self._form())
         self.running: list[Running] = []
         self.seen: dict[str, int] = {}  # attention to the text, by layer
@@ -200,7 +187,7 @@ class ModelCall:
         if inputs.batch % len(self.tracks) or inputs.batch != self.latent[0]:
             self.run.note("another node changes the batch inside attention, so some of it is left out")
             return None
-        place = self._place(layer, inputs, features) if site is None else site.place
+        place = self.places.of(layer, inputs, features) if site is None else site.place
         if place is None:
             return None
         keeps_self = self.run.settings.self_attention and place.image is not None
@@ -286,43 +273,6 @@ class ModelCall:
         if self.repeats_text and tokens == self.text and tokens % rows == 0:
             return columns.unflatten(-1, (-1, rows)).sum(-2)
         return columns
-
-    # Where the tokens are
-
-    def _place(self, layer: AttentionLayer, inputs: AttentionInputs, features: Features) -> Placement | None:
-        grid = self._grid(inputs, features)
-        if grid is None or inputs.queries < math.prod(grid):
-            if not (self.layout is not None and self.layout.guided):
-                self._note_unplaced(layer)
-            return None
-        if layer.kind == "joint":
-            place = joint_placement(self._context(), inputs.keys, inputs.queries, grid)
-            if place is None:
-                self._note_unplaced(layer)
-            return place
-        rows = image_rows(self._context(), inputs.queries, grid)
-        if inputs.keys == inputs.queries and layer.kind != "cross":
-            return Placement(grid, rows, None, rows)
-        if layer.kind == "self":
-            return None
-        if layer.kind == "unknown" and inputs.keys != self.text:
-            self._note_unplaced(layer)
-            return None
-        return Placement(grid, rows, slice(0, inputs.keys), None)
-
-    def _context(self) -> CallContext:
-        return CallContext(self.model.network, self.layout, self.latent, self.text, self.arguments)
-
-    def _grid(self, inputs: AttentionInputs, features: Features) -> Grid | None:
-        if features is not None:
-            return 1, *features
-        return token_grid(self.model.network, self.layout, self.latent, inputs.queries)
-
-    def _note_unplaced(self, layer: AttentionLayer) -> None:
-        if layer.kind in ("cross", "joint"):
-            self.run.note(
-                "some attention has tokens that cannot be told apart: reference images, or another node merges or splits tokens"
-            )
 
 
 # The options under which other nodes replace a layer's attention.

@@ -111,9 +111,16 @@ def test_injected_keys_and_values_are_the_references(setup):
     assert set(injection.stored) == {("output", 0), ("output", 2)}
 
 
-def test_both_parts_measure_every_row(setup, capsys):
+ONE_OF_EACH_KIND = {
+    "style": ("K/V injection", "AdaIN alone", "distilled, quick, end_at 0.8"),
+    "transfer": ("optimised, every second step at 0.1", "guided from content, denoise 0.5"),
+}
+
+
+def test_both_parts_measure_their_rows(setup, capsys):
     for part, first in (("style", "plain"), ("transfer", "content as it is")):
-        rows = evaluate_distill.ROWS[part]
+        rows = ONE_OF_EACH_KIND[part]
+        assert set(rows) < set(evaluate_distill.ROWS[part])
         report, images = evaluate_distill.PARTS[part](setup, 2, rows)
         assert set(rows) < set(report) and report[first]["share of first row"]["value"] == 1
         for row in report.values():
@@ -122,4 +129,10 @@ def test_both_parts_measure_every_row(setup, capsys):
         shown = 2 + len(rows) + (part == "style")  # the reference, the first row and, of styles, a drawing
         assert images.shape == (2 * shown, 256, 256, 3)
     assert report["content as it is"]["objects right"]["share"] == 1
-    assert "distilled, published" in capsys.readouterr().out
+    assert "distilled, quick, end_at 0.8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", [*evaluate_distill.DISTILLED, *evaluate_distill.TRANSFERRED])
+def test_rows_are_settings_of_the_node(node_classes, row):
+    known = {entry.id for entry in node_classes["AttentionDistillSampler"].GET_SCHEMA().inputs}
+    assert {**evaluate_distill.DISTILLED, **evaluate_distill.TRANSFERRED}[row].keys() <= known
