@@ -166,7 +166,7 @@ def guidance_inputs() -> list[io.Input]:
         advanced(
             io.Float.Input(
                 "layout_strength",
-                default=0.5,
+                default=1.0,
                 min=0.0,
                 max=10.0,
                 step=0.05,

@@ -92,7 +92,7 @@ class AttendExciteGuider(io.ComfyNode):
         layers: str = "",
         layout: str = Layout.FREE.value,
         subject_masks: Any = None,
-        layout_strength: float = 0.5,
+        layout_strength: float = 1.0,
     ) -> io.NodeOutput:
         settings = excite_settings(
             guide_until, scale_factor, scale_end, thresholds, max_refinements, attention_grid, smoothing, sigma, kernel_size,
@@ -157,7 +157,7 @@ class FoveaAttendExcite(io.ComfyNode):
         layers: str = "",
         layout: str = Layout.FREE.value,
         subject_masks: Any = None,
-        layout_strength: float = 0.5,
+        layout_strength: float = 1.0,
     ) -> io.NodeOutput:
         settings = excite_settings(
             guide_until, scale_factor, scale_end, thresholds, max_refinements, attention_grid, smoothing, sigma, kernel_size,

@@ -42,11 +42,11 @@ class PlaceSettings:
 
     layout: Layout = Layout.FREE
     masks: Tensor | None = None
-    strength: float = 0.5
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.strength) and self.strength >= 0):
-            raise ValueError(f"layout_strength is {self.strength}: a weight is 0 or more (0.5 is the default).")
+            raise ValueError(f"layout_strength is {self.strength}: a weight is 0 or more (1 is the default).")
         if self.masks is None:
             return
         masks = host.mask_images(self.masks, "subject_masks").detach().float().cpu()
@@ -94,8 +94,9 @@ class Places:
     where they are strongest together when they are first seen.
     """
 
-    def __init__(self, settings: PlaceSettings, images: int) -> None:
+    def __init__(self, settings: PlaceSettings, images: int, tokens: Sequence[int]) -> None:
         self._settings = settings
+        self._tokens = tokens  # how many each subject has
         self._parts: list[Tensor | None] = [None] * images  # (subjects, height, width) of each image
 
     def loss(self, subjects: Tensor, rows: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class Places:
             rows: numbers of the images.
         """
         parts = [self._part(int(row), maps) for row, maps in zip(rows, subjects.detach(), strict=True)]
-        return self._settings.strength * misplaced(subjects, torch.stack(parts).to(subjects))
+        return self._settings.strength * misplaced(subjects, torch.stack(parts).to(subjects), self._tokens)
 
     def _part(self, row: int, maps: Tensor) -> Tensor:
         part = self._parts[row]
@@ -117,15 +118,16 @@ class Places:
         return part
 
 
-def misplaced(subjects: Tensor, places: Tensor) -> Tensor:
+def misplaced(subjects: Tensor, places: Tensor, tokens: Sequence[int]) -> Tensor:
     """Return, summed over subjects, what the strongest points inside their places lack and what those outside have, (images,).
 
     Args:
         subjects, places: (images, subjects, height, width); places are 0 or 1.
+        tokens: how many each subject has; its loss is divided by them, see ``losses.neglect``.
     """
     inside = _strongest(subjects, places, _INSIDE)
     outside = _strongest(subjects, 1 - places, _OUTSIDE)
-    return ((1 - inside).clamp(min=0) + outside).sum(1)
+    return (((1 - inside).clamp(min=0) + outside) / torch.tensor(tokens, device=subjects.device)).sum(1)
 
 
 def _strongest(subjects: Tensor, places: Tensor, share: float) -> Tensor:

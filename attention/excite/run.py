@@ -174,7 +174,8 @@ class ExciteRun:
         weakest = torch.zeros(len(rows))
         strengths: list[Tensor] = []
         if self.places is None and self.settings.places.active:
-            self.places = Places(self.settings.places, len(seen))
+            tokens = [len(subject.positions) for _, prompt in self.prompts for subject in prompt.subjects]
+            self.places = Places(self.settings.places, len(seen), tokens)
         for cond, prompt in self.prompts:
             grid = self.chosen.grid if "area" not in cond else None
             own = OwnPrompt(_text_of(cond), self.owners)

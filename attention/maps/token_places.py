@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class TokenPlaces:
     """
 
     def __init__(
-        self, model: WatchedModel, latent: Sequence[int], text: int, arguments: Mapping[str, Any], note: Callable[[str], None]
+        self, model: WatchedModel, latent: tuple[int, ...], text: int, arguments: Mapping[str, Any], note: Callable[[str], None]
     ) -> None:
         self._model = model
         self._layout = model.layout
