@@ -34,7 +34,7 @@ SCRIPTS = {
     "gpu": "gpu/report.py",
     "thumbnails": "workflows/thumbnails.py",
     "screenshots": "browser/screenshots.py",
-    "look": "browser/nodes.py",
+    "look": "browser/look.py",
 }
 TAKES_NO_MORE = ("demo", "env", "check", "thumbnails", "screenshots")
 TRAINERS = {
@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("gpu", parents=[host], add_help=False, help="is the pack right and fast on this machine's GPU? one report; gpu --help")
     add("thumbnails", parents=[host], help="put the workflows and their images together again, after one of them changed")
     add("screenshots", parents=[host], help="take the screenshots of docs/screenshots again, with Chromium")
-    add("look", parents=[host], add_help=False, help="take images of every node in both renderings, dark and light; look --help")
+    add("look", parents=[host], add_help=False, help="take images of every node and template in both renderings; look --help")
     add("check", parents=[host], help="run ruff and mypy only")
     add("env", parents=[host], help="only make the environment and the ComfyUIs, and say where they are")
     return parser

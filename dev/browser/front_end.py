@@ -27,6 +27,12 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+# For images that are looked at, not tested.
+TO_LOOK_AT = {
+    "Comfy.TutorialCompleted": True,  # else a first visit opens the template browser
+    "Comfy.Minimap.Visible": False,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # titles and values at every zoom
+}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 # The front end has opened a first workflow of its own, the last thing it does.
@@ -43,6 +49,14 @@ CENTRE = """([id, scale]) => {
   app.canvas.ds.scale = scale;
   app.canvas.centerOnNode(app.graph.getNodeById(id));
   app.canvas.setDirty(true, true);
+}"""
+FIT = """() => {
+  const nodes = app.graph.nodes, canvas = app.canvas;
+  const ends = (at) => [Math.min(...nodes.map((n) => n.pos[at])), Math.max(...nodes.map((n) => n.pos[at] + n.size[at]))];
+  const [[left, right], [top, bottom]] = [ends(0), ends(1)];
+  canvas.ds.scale = Math.min(innerWidth / (right - left + 300), innerHeight / (bottom - top + 260));
+  canvas.ds.offset = [(innerWidth / canvas.ds.scale - left - right) / 2, (innerHeight / canvas.ds.scale - top - bottom) / 2];
+  canvas.setDirty(true, true);
 }"""
 SELECT_NEW = """(kind) => {
   app.graph.clear();
@@ -224,6 +238,10 @@ class FrontEnd:
 
     def centre(self, node: str, scale: float = 1.0) -> None:
         self.page.evaluate(CENTRE, [node, scale])
+
+    def fit(self) -> None:
+        """Show the whole graph."""
+        self.page.evaluate(FIT)
 
     def image(self, node: str, index: int = 0) -> tuple[float, float, float, float]:
         """Return left, top, width and height of a node's image in the window, once it has settled there."""

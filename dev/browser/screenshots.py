@@ -17,24 +17,11 @@ import environment
 from host_server import HostServer
 from PIL import Image
 
-from browser.front_end import FrontEnd, browser_page
+from browser.front_end import TO_LOOK_AT, FrontEnd, browser_page
 from workflows import workflow_files
 
 TARGET = environment.ROOT / "docs" / "screenshots"
 WIDTH = 1200
-SETTINGS = {
-    "Comfy.TutorialCompleted": True,  # else a first visit opens the template browser
-    "Comfy.Minimap.Visible": False,
-    "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # titles and values at every zoom
-}
-FIT = """() => {
-  const nodes = app.graph.nodes, canvas = app.canvas;
-  const ends = (at) => [Math.min(...nodes.map((n) => n.pos[at])), Math.max(...nodes.map((n) => n.pos[at] + n.size[at]))];
-  const [[left, right], [top, bottom]] = [ends(0), ends(1)];
-  canvas.ds.scale = Math.min(innerWidth / (right - left + 300), innerHeight / (bottom - top + 260));
-  canvas.ds.offset = [(innerWidth / canvas.ds.scale - left - right) / 2, (innerHeight / canvas.ds.scale - top - bottom) / 2];
-  canvas.setDirty(true, true);
-}"""
 
 
 def shoot(ui: FrontEnd, name: str) -> None:
@@ -49,7 +36,7 @@ def shoot(ui: FrontEnd, name: str) -> None:
 def whole_workflow(ui: FrontEnd, title: str, name: str) -> None:
     ui.open(workflow_files.load(workflow_files.find(title)))
     ui.run()
-    ui.page.evaluate(FIT)
+    ui.fit()
     shoot(ui, name)
 
 
@@ -80,7 +67,7 @@ def main() -> None:
         HostServer(host, Path(base), arguments=environment.front_end_arguments(host)) as server,
         browser_page() as page,
     ):
-        server.request("/settings", SETTINGS)
+        server.request("/settings", TO_LOOK_AT)
         ui = FrontEnd(page or sys.exit("There is no Chromium."), server.url)
         whole_workflow(ui, "All together - faster, complete, in a style", "all-together-dark")
         read_out(ui, "read-out-dark")

@@ -1,8 +1,9 @@
-"""Take images of every node of the pack, drawn on the canvas and as page elements ("Nodes 2.0"), dark and light, to look at.
+"""Take images of every node and template, drawn on the canvas and as page elements ("Nodes 2.0"), to look at.
 
-    python dev look [--front-end VERSION] [--out FOLDER]
+    python dev look [--front-end VERSION] [--only nodes|templates] [--out FOLDER]
 
-Each image shows all nodes with a line of a run on those that show one. Needs Chromium or Chrome.
+Nodes are all in one image, dark and light, with a line of a run on those that show one; templates have an image each, dark. Needs
+Chromium or Chrome.
 """
 
 from __future__ import annotations
@@ -17,13 +18,9 @@ import environment
 from environment.front_ends import FRONT_END, front_end_folder
 from host_server import HostServer
 
-from browser.front_end import FrontEnd, browser_page
+from browser.front_end import TO_LOOK_AT, FrontEnd, browser_page
+from workflows import workflow_files
 
-SETTINGS = {
-    "Comfy.TutorialCompleted": True,  # else a first visit opens the template browser
-    "Comfy.Minimap.Visible": False,
-    "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # titles and values at every zoom
-}
 WIDTH, HEIGHT = 2600, 2000
 # The pack's nodes in columns, each as high as ComfyUI makes a new node.
 PLACE = """async () => {
@@ -62,9 +59,42 @@ TELL = """(lines) => {
 }"""
 
 
+def look_at_nodes(ui: FrontEnd, out: Path) -> None:
+    """Take an image of all nodes for each theme and rendering, and print their sizes."""
+    for theme in ("dark", "light"):
+        ui.choose_theme(theme)
+        for on_page in (False, True):
+            ui.draw_nodes_on_page(on_page)
+            ui.page.wait_for_timeout(1500)
+            sizes = ui.page.evaluate(PLACE)
+            ui.page.evaluate(TELL, LINES)
+            ui.page.wait_for_timeout(2500)
+            name = f"{ui.version}-{'page' if on_page else 'canvas'}-{theme}"
+            ui.page.screenshot(path=out / f"{name}.png")
+            print(name, *(f"{node} {width}x{height}" for node, width, height in sizes), sep="\n  ")
+
+
+def look_at_templates(ui: FrontEnd, out: Path) -> None:
+    """Take an image of each template for each rendering."""
+    ui.choose_theme("dark")
+    for on_page in (False, True):
+        ui.draw_nodes_on_page(on_page)
+        for path in workflow_files.shipped():
+            ui.open(workflow_files.load(path))
+            ui.fit()
+            ui.page.wait_for_timeout(2000)
+            target = out / f"{ui.version}-{'page' if on_page else 'canvas'}-{path.stem}.png"
+            ui.page.screenshot(path=target)
+            print(target)
+
+
+LOOKS = {"nodes": look_at_nodes, "templates": look_at_templates}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--front-end", help="a version in the environment's front-ends folder; without it, the ComfyUI's own")
+    parser.add_argument("--only", choices=list(LOOKS))
     parser.add_argument("--out", type=Path, default=environment.ROOT / ".fovea" / "looks")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -77,22 +107,13 @@ def main() -> None:
         HostServer(host, Path(base), arguments=pages) as server,
         browser_page() as page,
     ):
-        server.request("/settings", SETTINGS)
+        server.request("/settings", TO_LOOK_AT)
         if page is None:
             sys.exit("There is no Chromium.")
         page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
         ui = FrontEnd(page, server.url)
-        for theme in ("dark", "light"):
-            ui.choose_theme(theme)
-            for on_page in (False, True):
-                ui.draw_nodes_on_page(on_page)
-                page.wait_for_timeout(1500)
-                sizes = page.evaluate(PLACE)
-                page.evaluate(TELL, LINES)
-                page.wait_for_timeout(2500)
-                name = f"{ui.version}-{'page' if on_page else 'canvas'}-{theme}"
-                page.screenshot(path=given.out / f"{name}.png")
-                print(name, *(f"{node} {width}x{height}" for node, width, height in sizes), sep="\n  ")
+        for look in LOOKS if given.only is None else (given.only,):
+            LOOKS[look](ui, given.out)
 
 
 if __name__ == "__main__":
