@@ -24,6 +24,7 @@ import host_inprocess  # noqa: E402
 
 HOST = host_inprocess.start_host()
 
+import comfy.model_management  # noqa: E402
 import environment  # noqa: E402
 import torch  # noqa: E402
 from host_server import HostServer  # noqa: E402
@@ -52,6 +53,15 @@ def pytest_collection_finish() -> None:
     """No collection looks through the libraries' objects again, half a million that live to the end."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def no_leftover_models() -> Iterator[None]:
+    """Tests share base models, whose patchers end with each test. ComfyUI takes that for a leak, and would collect garbage
+    before every later use of any model."""
+    yield
+    loaded = comfy.model_management.current_loaded_models
+    loaded[:] = [each for each in loaded if not each.is_dead()]
 
 
 @pytest.fixture(scope="session")

@@ -201,7 +201,7 @@ def _check_complete(network: dict[str, Any], weights: Weights, name: str) -> Non
     if missing:
         raise incomplete(missing, name)
     if resized:
-        raise ValueError(f"{name} is a DiT variant that Load DiT does not support: {some(resized)} in another shape.")
+        raise ValueError(f"{name} is a changed DiT that Load DiT does not support: {some(resized)} in another shape.")
 
 
 def _trained_grid(table: Tensor | None, network: dict[str, Any], name: str) -> int | None:
@@ -212,7 +212,7 @@ def _trained_grid(table: Tensor | None, network: dict[str, Any], name: str) -> i
     expected = position_table(side, side, network["width"])
     stored = table.reshape(-1, table.shape[-1]).float() if table.ndim > 1 else table
     if stored.shape != expected.shape or not _is_rounded(stored, expected, table.dtype):
-        raise ValueError(f"{name} is a DiT variant that Load DiT does not support: its positions are not the paper's fixed ones.")
+        raise ValueError(f"{name} is a changed DiT that Load DiT does not support: its positions are not the paper's fixed ones.")
     return side
 
 

@@ -43,7 +43,7 @@ def from_diffusers(weights: Weights, name: str = "the file") -> Weights:
         new = _renamed(key)
         if new in converted and not torch.equal(converted[new], value):
             raise ValueError(
-                f"{name} is a DiT variant that Load DiT does not support: its blocks embed the timestep or the class differently."
+                f"{name} is a changed DiT that Load DiT does not support: its blocks embed the timestep or the class differently."
             )
         converted[new] = value
     for prefix in {key.rsplit(".", 2)[0] for key in converted if key.endswith((".q.weight", ".q.bias"))}:

@@ -65,9 +65,9 @@ def changed_dit(foreign: Iterable[str], file: str) -> ValueError:
         if found is not None:
             ordered = [found, *(name for name in names if name != found)]
             return ValueError(
-                f"{file} is a DiT variant that Load DiT does not support: it also has {some(ordered)}. It seems to be {what}."
+                f"{file} is a changed DiT that Load DiT does not support: it also has {some(ordered)}. It seems to be {what}."
             )
-    return ValueError(f"{file} is a DiT variant that Load DiT does not support: it also has {some(names)}.")
+    return ValueError(f"{file} is a changed DiT that Load DiT does not support: it also has {some(names)}.")
 
 
 def incomplete(missing: list[str], file: str) -> ValueError:

@@ -140,11 +140,11 @@ EXCITE = workflow_files.FOLDER / "Attend-and-Excite - every subject in the image
 
 
 def test_the_excite_workflow_shows_the_nodes_defaults(object_info: dict[str, Any]) -> None:
-    """But for what its note explains: the demo model wants a finer grid, other layers and its own cfg."""
+    """But for what its note explains: the demo model wants a finer grid, other layers and its own cfg, subjects their places."""
     own = the_only(EXCITE, "AttendExciteGuider")["widgets_values"]
     usual = defaults("AttendExciteGuider", object_info)
     differing = {name for (name, value), value_here in zip(usual.items(), own, strict=True) if value_here != value}
-    assert differing <= {"cfg", "attention_grid", "layers"}
+    assert differing <= {"cfg", "attention_grid", "layers", "layout"}
 
 
 def test_the_excite_workflow_compares_equal_runs(object_info: dict[str, Any]) -> None:
