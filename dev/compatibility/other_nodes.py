@@ -23,7 +23,9 @@ from compatibility.trial import CFG, Log, Trial, quiet
 PAGE = Page("beside", ROOT / "docs" / "other-nodes.md", "node")
 
 Patch = Callable[[Any], Any]
-MAKES_GUIDERS = Cell(Outcome.REFUSED, message="Both nodes make the guider of the run. Use Attend-and-Excite (Model) with this one.")
+MAKES_GUIDERS = Cell(
+    Outcome.REFUSED, message="Both nodes make the guider of the run. Use Attend-and-Excite (Model) with this one."
+)
 
 
 def node(module: str, name: str) -> Callable[..., Any]:
