@@ -32,6 +32,8 @@ class GuidedPrompt:
     columns: tuple[int, ...]
 
 
+_ARTICLES = {"a", "an", "the"}
+
 # CLIP's tokens 1 to 75 compete (the start token and the last position do not); of OpenCLIP-H's and of other encoders' only
 # the prompt's own, whose padding says nothing.
 _PADDING_COMPETES = {"", "l", "g"}
@@ -54,7 +56,7 @@ def guided_prompts(conditioning: Sequence[Any], subjects: str, clip: Any = None,
     if groups is not None:
         return [_at_positions(entry, groups, clip, text) for entry in conditioning]
     infos = prompt_infos(conditioning, clip, text.strip() or None)
-    chosen = _named(infos, wanted) if wanted else [_marked(info.subjects) for info in infos]
+    chosen = _named(infos, wanted) if wanted else [_marked(info.tokens, info.subjects) for info in infos]
     if not any(chosen):
         raise ValueError(
             "No subjects are given. Write words of the prompt in 'subjects', separated by commas, or put them in square "
@@ -82,10 +84,13 @@ def _words_of(infos: Sequence[PromptInfo]) -> str:
     return f"Words in the prompt: {words}" if words else "This prompt has no words: it is empty, or it was zeroed out."
 
 
-def _marked(subjects: Sequence[WordTokens]) -> list[Subject]:
+def _marked(tokens: TokenMap, subjects: Sequence[WordTokens]) -> list[Subject]:
     names = [subject.word for subject in subjects]
     return [
-        Subject(f"{subject.word}#{subject.occurrence}" if names.count(subject.word) > 1 else subject.word, subject.positions)
+        Subject(
+            f"{subject.word}#{subject.occurrence}" if names.count(subject.word) > 1 else subject.word,
+            _without_articles(tokens, subject.positions),
+        )
         for subject in subjects
     ]
 
@@ -112,7 +117,14 @@ def _find(tokens: TokenMap, item: str) -> Subject:
         if not is_token_group(item):
             raise
         return _group(tokens, token_group(item))
-    return Subject(item, tuple(sorted({position for word in words for position in word.positions})))
+    positions = tuple(sorted({position for word in words for position in word.positions}))
+    return Subject(item, _without_articles(tokens, positions))
+
+
+def _without_articles(tokens: TokenMap, positions: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the tokens of a subject that say what it is: attention to "a" would pass for attention to "a red circle"."""
+    kept = tuple(position for position in positions if tokens.at(position).word.strip().lower() not in _ARTICLES)
+    return kept or positions
 
 
 def _group(known: TokenMap | None, positions: tuple[int, ...]) -> Subject:

@@ -464,6 +464,18 @@ def test_subjects_are_the_brackets_or_the_words_that_are_named(excite, node_clas
     assert named(excite.guided_prompts(twins, "")) == [["cat#1", "cat#2"]]
 
 
+@pytest.mark.parametrize("encoder", ["sd1", "sd3", "flux"])
+def test_articles_are_no_part_of_a_subject(excite, node_classes, encoder):
+    """A map of "a" would pass for one of the whole phrase."""
+    marked = [encoded(node_classes, text, encoder) for text in ("[a red cat] and [The frog]", "a [red cat] and The [frog]")]
+    (first,), (second,) = (excite.guided_prompts(entry, "") for entry in marked)
+    assert [subject.positions for subject in first.subjects] == [subject.positions for subject in second.subjects]
+    (named,) = excite.guided_prompts(marked[1], "a red cat, the frog")
+    assert [subject.positions for subject in named.subjects] == [subject.positions for subject in second.subjects]
+    (alone,) = excite.guided_prompts(encoded(node_classes, "[a] cat", encoder), "")
+    assert alone.subjects[0].positions
+
+
 def test_padding_of_openclip_and_t5_does_not_compete(excite, node_classes):
     (prompt,) = excite.guided_prompts(encoded(node_classes, "a [cat] and a [frog]", "sd2"), "")
     assert prompt.columns == (1, 2, 3, 4, 5)
