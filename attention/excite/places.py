@@ -107,14 +107,14 @@ class Places:
             rows: numbers of the images.
         """
         parts = [self._part(int(row), maps) for row, maps in zip(rows, subjects.detach(), strict=True)]
-        return self._settings.strength * misplaced(subjects, torch.stack(parts).to(subjects), self._tokens)
+        return self._settings.strength * misplaced(subjects, torch.stack(parts), self._tokens)
 
     def _part(self, row: int, maps: Tensor) -> Tensor:
         part = self._parts[row]
         if part is None or part.shape != maps.shape:
             masks = self._settings.masks
             part = _assigned(maps) if masks is None else _on_grid(masks, (maps.shape[-2], maps.shape[-1]))
-            self._parts[row] = part
+            part = self._parts[row] = part.to(maps)
         return part
 
 

@@ -222,6 +222,21 @@ def show(figures: dict[str, dict[str, Any]]) -> None:
         print(f"  {name}: {value['share']:.3f} ({value['low']:.3f} to {value['high']:.3f}; {hits})", flush=True)
 
 
+def resumed(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the report of these settings that a file has from an earlier run, or a new one: settings, and "runs".
+
+    Raises:
+        SystemExit: the file is of other settings.
+    """
+    report: dict[str, Any] = {**settings, "runs": {}}
+    if path is None or not path.exists():
+        return report
+    before: dict[str, Any] = json.loads(path.read_text())
+    if {**before, "runs": {}} != report:
+        raise SystemExit(f"{path} is of other settings: { ({**before, 'runs': {}}) }. Name another file.")
+    return before
+
+
 def write_json(path: Path, figures: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, indent=1))

@@ -12,7 +12,6 @@ passes, which do not depend on the machine. With ``--json`` every batch is kept,
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import re
 import time
@@ -208,12 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     runs = {name: RUNS[name] for name in args.only} if args.only else RUNS
     sampling = {"steps": args.steps, "cfg": args.cfg, "seed": args.seed, "mark": args.mark}
-    report: dict[str, Any] = {**sampling, "prompts": args.prompts, "objects": args.objects, "runs": {}}
-    if args.json and args.json.exists():
-        before = json.loads(args.json.read_text())
-        if {**before, "runs": {}} != report:
-            raise SystemExit(f"{args.json} is of other prompts or settings: { ({**before, 'runs': {}}) }. Name another file.")
-        report = before
+    report = evaluate.resumed(args.json, {**sampling, "prompts": args.prompts, "objects": args.objects})
     keep = (lambda: evaluate.write_json(args.json, report)) if args.json else None
     compare(model, clip, vae, chosen, runs, batch=args.batch, kept=report["runs"], keep=keep, **sampling)
 

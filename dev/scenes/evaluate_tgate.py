@@ -11,7 +11,6 @@ compares more settings, of fewer prompts.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -143,18 +142,12 @@ def main(argv: list[str] | None = None) -> None:
     comfy.utils.set_progress_bar_enabled(False)
     model, clip, vae = evaluate.load(args.checkpoint.resolve())
     sampling = {"steps": args.steps, "cfg": args.cfg, "seed": args.seed}
-    settings: dict[str, Any] = {**sampling, "batch": args.batch}
-    kept: dict[str, dict[str, Any]] = {}
-    if args.json and args.json.exists():
-        before = json.loads(args.json.read_text())
-        kept = before.pop("runs")
-        if before != settings:
-            raise SystemExit(f"{args.json} is of other settings: {before}. Name another file.")
-    keep = (lambda: evaluate.write_json(args.json, {**settings, "runs": kept})) if args.json else None
+    found = evaluate.resumed(args.json, {**sampling, "batch": args.batch})
+    keep = (lambda: evaluate.write_json(args.json, found)) if args.json else None
     chosen = evaluate.prompts(args.prompts)
-    compare(model, clip, vae, chosen, args.only, batch=args.batch, kept=kept, keep=keep, **sampling)
+    compare(model, clip, vae, chosen, args.only, batch=args.batch, kept=found["runs"], keep=keep, **sampling)
     print(f"\n{args.prompts} prompts of two objects, {args.steps} steps, cfg {args.cfg:g}, seed {args.seed}\n")
-    print(report(kept, args.only, args.prompts))
+    print(report(found["runs"], args.only, args.prompts))
 
 
 if __name__ == "__main__":
