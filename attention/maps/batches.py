@@ -117,8 +117,11 @@ class LayerBatch:
         self.names.append(name)
         return at + 1 == self.capacity
 
-    def rows(self) -> tuple[list[str], Tensor]:
-        """Return the layers that it holds, and their probabilities (layers, batch, heads, queries, keys); it is empty then."""
+    def columns(self) -> tuple[list[str], Tensor]:
+        """Return the layers that it holds, and their probabilities (layers, batch, heads, keys, queries); it is empty then.
+
+        In this layout they need not be transposed to be maps.
+        """
         names, self.names = self.names, []
         size = self.size
         assert self._copies is not None
@@ -126,10 +129,10 @@ class LayerBatch:
         if len(names) < self.capacity:
             count = len(names) * size.batch * size.heads
             q, k = q[:count], k[:count]
-        rows = torch.bmm(q.mul_(size.scale), k).softmax(-1)
+        columns = torch.bmm(k, q.mul_(size.scale).transpose(-1, -2)).softmax(-2)
         if 4 * (q.numel() + k.numel()) > _KEPT_BYTES:
             self._copies = None
-        return names, rows.view(len(names), size.batch, size.heads, size.queries, size.keys)
+        return names, columns.view(len(names), size.batch, size.heads, size.keys, size.queries)
 
     def drop(self) -> None:
         """Forget what it holds: the model call has ended early."""
@@ -140,10 +143,10 @@ class LayerBatch:
         size, calls = self.size, self.capacity
         together = calls * size.batch * size.heads
         q = torch.empty(together, size.queries, size.channels, dtype=torch.float32, device=size.device)
-        k = torch.empty(together, size.channels, size.keys, dtype=torch.float32, device=size.device)
+        k = torch.empty(together, size.keys, size.channels, dtype=torch.float32, device=size.device)
         by_layer = (calls, size.batch, size.heads)
         queries = q.view(*by_layer, size.queries, size.channels)
-        keys = k.view(*by_layer, size.channels, size.keys).transpose(-1, -2)
+        keys = k.view(*by_layer, size.keys, size.channels)
         if not size.heads_first:
             queries, keys = queries.transpose(2, 3), keys.transpose(2, 3)
         self._copies = q, k, queries.unbind(0), keys.unbind(0)

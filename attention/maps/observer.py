@@ -213,6 +213,7 @@ class ModelCall:
                 if place.repeated_text is not None:
                     repeated = place.repeated_text.stop - place.repeated_text.start
                     columns = torch.cat([columns[..., :-repeated], columns[..., -repeated:] + rows[..., place.repeated_text]], -1)
+                columns = columns.transpose(-1, -2)
                 for track, chunk, part in zip(self.tracks, columns.chunk(len(self.tracks)), parts, strict=True):
                     part.append(self._shown(chunk, track, kept))
             if looks is not None:
@@ -236,12 +237,12 @@ class ModelCall:
         """Add the attention of several layers to each prompt's sums."""
         size, grid = batch.size, batch.grid
         kept = self._kept_heads(size.batch, size.heads, size.keys, size.queries)
-        names, rows = batch.rows()
+        names, columns = batch.columns()
         for name in names:
             self.seen[name] = 1
         shown = []
-        for track, columns in zip(self.tracks, rows.chunk(len(self.tracks), 1), strict=True):
-            maps = self._shown(columns, track, kept)
+        for track, own in zip(self.tracks, columns.chunk(len(self.tracks), 1), strict=True):
+            maps = self._shown(own, track, kept)
             shown.append(maps.view(*maps.shape[:-1], *grid))
         self.run.add_texts(self.tracks, names, size.heads, shown)
 
@@ -255,23 +256,23 @@ class ModelCall:
         return max(tokens - sum([len(track.padding) for track in self.tracks]) // len(self.tracks), 1)
 
     def _shown(self, columns: Tensor, track: Track, kept: int) -> Tensor:
-        """Return attention (..., heads, image, text) to the tokens that a view may show: (..., heads or 1, tokens, image)."""
+        """Return attention (..., heads, text, image) to the tokens that a view may show: (..., heads or 1, tokens, image)."""
         if kept == 1:
             columns = columns.mean(-3, keepdim=True)
-        return track.without_padding(self._folded(columns, track)).transpose(-1, -2).contiguous()
+        return track.without_padding(self._folded(columns, track)).contiguous()
 
     def _folded(self, columns: Tensor, track: Track) -> Tensor:
-        """Return attention (..., tokens) to the prompt's own rows.
+        """Return attention (..., tokens, image) to the prompt's own rows.
 
         ComfyUI repeats a shorter prompt to the length of a longer one it is batched with, and pads some on the left.
         """
-        tokens, rows = columns.shape[-1], track.rows
+        tokens, rows = columns.shape[-2], track.rows
         if not rows or rows == tokens:
             return columns
         if self.model.left_padded and tokens > rows:
-            return columns[..., tokens - rows :]
+            return columns[..., tokens - rows :, :]
         if self.repeats_text and tokens == self.text and tokens % rows == 0:
-            return columns.unflatten(-1, (-1, rows)).sum(-2)
+            return columns.unflatten(-2, (-1, rows)).sum(-3)
         return columns
 
 

@@ -80,16 +80,17 @@ class Track:
         return [position for position in range(self.tokens) if position not in self.padding]
 
     def without_padding(self, columns: Tensor) -> Tensor:
-        """Return attention (..., tokens) with that to padding added up behind that to all other tokens."""
+        """Return attention (..., tokens, image) with that to padding added up behind that to all other tokens."""
+        tokens = columns.shape[-2]
         if self.tokens is None:
-            self.tokens = columns.shape[-1]
-        if not self.padding or columns.shape[-1] != self.tokens:
+            self.tokens = tokens
+        if not self.padding or tokens != self.tokens:
             return columns
         first = min(self.padding)
-        if len(self.padding) == self.tokens - first:  # all of it is at the end: no indices to bring to the device
-            return torch.cat([columns[..., :first], columns[..., first:].sum(-1, keepdim=True)], -1)
-        chosen = columns[..., self.kept]
-        return torch.cat([chosen, (columns.sum(-1, keepdim=True) - chosen.sum(-1, keepdim=True)).clamp(min=0)], -1)
+        if len(self.padding) == tokens - first:  # all of it is at the end: no indices to bring to the device
+            return torch.cat([columns[..., :first, :], columns[..., first:, :].sum(-2, keepdim=True)], -2)
+        chosen = columns[..., self.kept, :]
+        return torch.cat([chosen, (columns.sum(-2, keepdim=True) - chosen.sum(-2, keepdim=True)).clamp(min=0)], -2)
 
     @property
     def finest(self) -> Grid:

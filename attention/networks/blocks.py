@@ -80,8 +80,11 @@ def block_layout(block: torch.nn.Module) -> BlockLayout | None:
 def attention_sites(network: torch.nn.Module) -> list[AttentionSite]:
     """Return every self- and cross-attention of a network, in module order; empty for joint-attention and unknown networks."""
     sites = []
+    layouts: dict[type, BlockLayout | None] = {}  # a network of a thousand modules has twenty classes
     for block_name, block in network.named_modules():
-        layout = block_layout(block)
+        if type(block) not in layouts:
+            layouts[type(block)] = block_layout(block)
+        layout = layouts[type(block)]
         if layout is None:
             continue
         by_kind: tuple[tuple[tuple[str, ...], Kind], ...] = ((layout.self_attention, "self"), (layout.cross_attention, "cross"))

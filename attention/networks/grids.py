@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.functional import interpolate
@@ -79,12 +80,25 @@ def unet_block(name: str) -> str:
 def unet_sizes(network: torch.nn.Module, height: int, width: int) -> dict[str, tuple[int, int]]:
     """Return the height and width in each block of a U-Net; every level halves the one before, rounding up."""
     sizes: list[tuple[int, int]] = []
-    for block in cast(Iterable[torch.nn.Module], network.input_blocks):
-        if any(type(module).__name__ == "Downsample" for module in block.modules()):
+    for halves in _halvings(network):
+        if halves:
             height, width = math.ceil(height / 2), math.ceil(width / 2)
         sizes.append((height, width))
     named = {f"input.{index}": size for index, size in enumerate(sizes)}
     return {**named, "middle": sizes[-1], **{f"output.{index}": size for index, size in enumerate(reversed(sizes))}}
+
+
+_halving_blocks: WeakKeyDictionary[torch.nn.Module, list[bool]] = WeakKeyDictionary()
+
+
+def _halvings(network: torch.nn.Module) -> list[bool]:
+    """Return which input blocks of a U-Net halve the size; looked up once, as SDXL has two thousand modules."""
+    found = _halving_blocks.get(network)
+    if found is None:
+        blocks = cast(Iterable[torch.nn.Module], network.input_blocks)
+        found = [any(type(module).__name__ == "Downsample" for module in block.modules()) for block in blocks]
+        _halving_blocks[network] = found
+    return found
 
 
 def _patched(frames: Sequence[int], height: int, width: int, patch: Sequence[int]) -> Grid:

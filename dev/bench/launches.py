@@ -196,7 +196,7 @@ def tgate_part(name: str, shape: Shape, pairs: int, target: Target) -> str:
     node = pack_nodes()["TGateCache"].execute
     model = host_network(shape, target)
     gate = STEPS // 2
-    variants = {"plain": model, "T-GATE": node(model, gate_at=gate / STEPS)[0], "off": node(model, mode="off")[0]}
+    variants = {"plain": model, "T-GATE": node(model, gate_at=gate / STEPS)[0], "off": node(model, gate_at=1.0)[0]}
     found = _compared(variants, shape, pairs)
     before, after = slice(1, gate - 1), slice(gate + 1, None)
     plain, _, plain_operations = found["plain"]

@@ -43,7 +43,7 @@ PARTS: dict[str, Sequence[str]] = {
     "tgate-sdxl": ("--parts", "speed", "--shape", "sdxl", "--size", "128", "--steps", "5"),
     "tgate-pixart": ("--parts", "speed", "--shape", "pixart", "--steps", "5"),
     "tgate-auto": ("--parts", "auto", "--prompts", "32"),
-    "pareto": ("--prompts", "8", "--plot", "{plots}/pareto.svg"),
+    "pareto": ("--prompts", "16", "--plot", "{plots}/pareto.svg"),
     "pareto-intervals": ("--prompts", "16", "--intervals"),
     "cache": (),
     "gradient": (),

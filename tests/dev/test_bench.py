@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from bench import cache, distill, dit, excite, gradient, maps, overhead, page, pareto, peers, profile, scaling, tgate
+from bench import cache, distill, dit, excite, gradient, launches, maps, overhead, page, pareto, peers, profile, scaling, tgate
 from bench.memory import AllocatedMemory, HeldTensors, bytes_of
 from bench.models import CPU, TINY
 from environment import DEV
@@ -341,6 +341,17 @@ def test_what_t_gate_keeps_is_a_mean_for_every_token_and_layer():
 def test_a_straight_line_is_told_from_a_curve():
     assert scaling.line([1, 2, 4], [3, 5, 9]) == pytest.approx((1, 2, 0))
     assert scaling.line([1, 2, 4, 8], [1, 4, 16, 64])[2] > 0.1
+
+
+@pytest.mark.parametrize(("part", "sides"), [("maps", ("plain", "capture")), ("tgate", ("plain", "T-GATE", "off"))])
+def test_launches_of_sampling_are_counted(part, sides, monkeypatch):
+    monkeypatch.setattr(launches, "STEPS", 6)
+    written = launches.written_parts([part], ["sd15"], 1, CPU)[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in written.splitlines() if line.startswith("| ")][1:]
+    operations = {row[0]: int(row[-1].replace(",", "")) for row in rows}
+    assert tuple(operations) == sides
+    assert operations.get("off", operations["plain"]) == operations["plain"]
+    assert operations.get("T-GATE", 0) < operations["plain"] < operations.get("capture", operations["plain"] + 1)
 
 
 def test_every_series_runs():

@@ -222,7 +222,7 @@ def test_padding_of_a_video_prompt_costs_neither_steps_nor_half_of_the_grid(pack
         run.step = step
         run.seen_steps.add(step)
         for track in run.tracks.values():
-            stored = track.without_padding(torch.rand(1, 1, 4, 512)).shape[-1]
+            stored = track.without_padding(torch.rand(1, 1, 512, 4)).shape[-2]
             for block in range(4):
                 run.add_text(track, f"block.{block}", 12, torch.rand(1, 1, stored, 5, 30, 52))
             track.finish_step(step, run.memory.keeps_steps)
