@@ -93,7 +93,7 @@ def guidance_inputs() -> list[io.Input]:
                 options=[loss.value for loss in Loss],
                 default=Loss.ATTEND_EXCITE.value,
                 tooltip="attend-and-excite: strengthens the peak of the weakest subject. divide-and-bind: raises the "
-                "contrast of its map, which helps with several subjects of one kind.",
+                "contrast of its map; fewer subjects were there with it in our tests.",
             )
         ),
         advanced(
@@ -103,8 +103,8 @@ def guidance_inputs() -> list[io.Input]:
                 min=0.0,
                 max=100.0,
                 step=0.05,
-                tooltip="Also keeps subjects apart: weight of the penalty on overlapping maps. Try 1 if two subjects merge into "
-                "one.",
+                tooltip="Also keeps subjects apart: weight of the penalty on overlapping maps. In our tests only layout 'own "
+                "places' helped with that.",
             )
         ),
         advanced(
@@ -114,8 +114,8 @@ def guidance_inputs() -> list[io.Input]:
                 min=0.0,
                 max=100.0,
                 step=0.05,
-                tooltip="Also keeps apart what the areas of the subjects attend to (self-attention). Helps with "
-                "similar subjects and takes extra time.",
+                tooltip="Also keeps apart what the areas of the subjects attend to (self-attention). Takes extra time; "
+                "fewer subjects were there with it in our tests.",
             )
         ),
         advanced(
