@@ -107,3 +107,17 @@ def startup_log(server: HostServer) -> str:
 def object_info(server: HostServer) -> dict[str, Any]:
     """The schema of every node, as the server tells it to the browser."""
     return server.object_info()
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What ComfyUI is asked to have free at least, run by run."""
+    found: list[float] = []
+    load = comfy.model_management.load_models_gpu
+
+    def noted(models: Any, memory_required: Any = 0, minimum_memory_required: Any = None, **kwargs: Any) -> Any:
+        found.append(minimum_memory_required)
+        return load(models, memory_required=memory_required, minimum_memory_required=minimum_memory_required, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", noted)
+    return found

@@ -28,6 +28,7 @@ from ..networks.layers import AttentionLayer, attention_layers
 from ..networks.table import LEFT_PADDED_MODELS, network_layout, unknown_network_message
 from .attn_maps import AttnMaps
 from .observer import ModelCall
+from .probabilities import WORKING_BYTES
 from .recorder import CaptureRun
 from .recording import LatentSize
 from .runs import Run
@@ -106,6 +107,10 @@ class Capture:
         else:
             self.text.tell(run.summary())
         return result
+
+    def prepare_sampling(self, executor: Any, model: Any, noise_shape: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        """Let ComfyUI make room for the work; the maps themselves go to system memory where the device has none for them."""
+        return host.prepare_with_room(WORKING_BYTES, executor, model, noise_shape, *args, **kwargs)
 
     sampler_sample = staticmethod(follow_sampler)
 

@@ -12,6 +12,9 @@ from ..host import AttentionInputs
 # A chunk of rows: 64 MB of logits, besides the same again for their softmax.
 _CHUNK_ELEMENTS = 16 * 1024 * 1024
 
+# The most that is held at once while attention is recorded: a chunk's logits, their softmax, and the copies they are made of.
+WORKING_BYTES = 3 * 4 * _CHUNK_ELEMENTS
+
 
 def calls_at_once(batch: int, heads: int, queries: int, keys: int) -> int:
     """Return how many attention calls of this size have their logits in one chunk."""

@@ -17,20 +17,6 @@ FAMILY = FAMILIES["sd15"]
 MEMORY = {"low": 1, "auto": 2, "fast": 3}
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """What ComfyUI is asked to have free at least, run by run."""
-    found = []
-    load = comfy.model_management.load_models_gpu
-
-    def noted(models, memory_required=0, minimum_memory_required=None, **kwargs):
-        found.append(minimum_memory_required)
-        return load(models, memory_required=memory_required, minimum_memory_required=minimum_memory_required, **kwargs)
-
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu", noted)
-    return found
-
-
 def sampled(guider, batch=2):
     latent = FAMILY.latent(batch)
     sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.get_model_object("model_sampling"), "simple", 1)
