@@ -47,7 +47,7 @@ PARTS: dict[str, Sequence[str]] = {
     "pareto-intervals": ("--prompts", "16", "--intervals"),
     "cache": (),
     "gradient": (),
-    "excite": ("--size", "256", "--steps", "10"),
+    "excite": ("--size", "256", "--steps", "10", "--pairs", "3"),
     "distill": ("--size", "192", "--steps", "2", "--iterations", "2"),
     "maps": ("--size", "192", "--steps", "3"),
     "maps-daam": ("--parts", "unet", "--settings", "capture", "--size", "512", "--steps", "1"),
