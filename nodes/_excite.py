@@ -93,7 +93,7 @@ def guidance_inputs() -> list[io.Input]:
                 options=[loss.value for loss in Loss],
                 default=Loss.ATTEND_EXCITE.value,
                 tooltip="attend-and-excite: strengthens the peak of the weakest subject. divide-and-bind: raises the "
-                "contrast of its map; fewer subjects were there with it in our tests.",
+                "contrast of its map; more subjects were missing with it in our tests.",
             )
         ),
         advanced(
@@ -115,7 +115,7 @@ def guidance_inputs() -> list[io.Input]:
                 max=100.0,
                 step=0.05,
                 tooltip="Also keeps apart what the areas of the subjects attend to (self-attention). Takes extra time; "
-                "fewer subjects were there with it in our tests.",
+                "more subjects were missing with it in our tests.",
             )
         ),
         advanced(

@@ -110,13 +110,13 @@ def object_info(server: HostServer) -> dict[str, Any]:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What ComfyUI is asked to have free at least, run by run."""
-    found: list[float] = []
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
+    """What ComfyUI is asked to have free, and to have free at least, run by run."""
+    found: list[tuple[float, float]] = []
     load = comfy.model_management.load_models_gpu
 
     def noted(models: Any, memory_required: Any = 0, minimum_memory_required: Any = None, **kwargs: Any) -> Any:
-        found.append(minimum_memory_required)
+        found.append((memory_required, minimum_memory_required))
         return load(models, memory_required=memory_required, minimum_memory_required=minimum_memory_required, **kwargs)
 
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", noted)

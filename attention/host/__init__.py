@@ -108,6 +108,7 @@ from .sampling import (
 from .step_caches import (
     cache_skips,
     easycache_skipped,
+    lazycache_acts,
     make_caches_compute,
     make_easycache_compute,
     make_lazycache_compute,
@@ -213,6 +214,7 @@ __all__ = [
     "log",
     "maps_files",
     "make_caches_compute",
+    "lazycache_acts",
     "make_easycache_compute",
     "make_lazycache_compute",
     "mask_images",

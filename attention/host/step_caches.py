@@ -38,6 +38,11 @@ def make_lazycache_compute(options: ModelOptions | TransformerOptions) -> None:
     _make_compute(_state(options, _LAZY))
 
 
+def lazycache_acts(options: ModelOptions) -> bool:
+    """Return whether LazyCache acts in this run."""
+    return _state(options, _LAZY) is not None
+
+
 def cache_skips(options: ModelOptions) -> tuple[str, int]:
     """Return the name of ComfyUI's cache that acts in this run, "" where there is none, and how often it has skipped so far."""
     state = options.get("transformer_options", {}).get(_KEY)

@@ -241,8 +241,8 @@ class ModelCall:
         for name in names:
             self.seen[name] = 1
         shown = []
-        for track, own in zip(self.tracks, columns.chunk(len(self.tracks), 1), strict=True):
-            maps = self._shown(own, track, kept)
+        for track, chunk in zip(self.tracks, columns.chunk(len(self.tracks), 1), strict=True):
+            maps = self._shown(chunk, track, kept)
             shown.append(maps.view(*maps.shape[:-1], *grid))
         self.run.add_texts(self.tracks, names, size.heads, shown)
 

@@ -21,7 +21,7 @@ class Report:
         misfits: steps in which stored attention did not fit.
         skipped: steps in which EasyCache answered in the network's place.
         evaluated: steps that the sampler evaluated at all.
-        other_cache: the name of a cache of ComfyUI's that acts in this run, "" without one.
+        beside_lazycache: ComfyUI's LazyCache, which skips whole evaluations, acts in this run.
         no_negative: the sampler had no negative prompt.
         one_by_one: the prompts of an evaluation came in several batches, of which only the first is T-GATE's.
         no_text: why no cross-attention can be reused, where it cannot.
@@ -35,7 +35,7 @@ class Report:
     misfits: set[int] = field(default_factory=set)
     skipped: set[int] = field(default_factory=set)
     evaluated: set[int] = field(default_factory=set)
-    other_cache: str = ""
+    beside_lazycache: bool = False
     no_negative: bool = False
     one_by_one: bool = False
     no_text: str = ""
@@ -77,7 +77,7 @@ class Report:
         if missing := planned - self.evaluated:
             reasons.append(
                 f"{len(missing)} of the {len(planned)} steps after the gate were not evaluated (skipped by "
-                f"{self.other_cache or 'the sampler or another cache'})"
+                f"{'LazyCache' if self.beside_lazycache else 'the sampler or another cache'})"
             )
         done = min(len(self.reused["cross"]), len(self.dropped)) if settings.drops_cfg else len(self.reused["cross"])
         if done < len(planned) and not reasons and not self.notes:

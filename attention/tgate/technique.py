@@ -87,7 +87,7 @@ class TGate:
         if run is not None:
             sigma, model_options = read_sigma(timestep, model_options)
             run.begin_evaluation(sigma, x.shape, host.steps_done(model_options))
-            run.report.other_cache = host.cache_skips(model_options)[0]
+            run.report.beside_lazycache = host.lazycache_acts(model_options)
         return executor(x, timestep, model_options, seed)
 
     def calc_cond_batch(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 
-import comfy.model_management
 import pytest
 import torch
 from families import FAMILIES, sample
@@ -81,18 +80,10 @@ def test_a_cache_that_does_not_fit_is_lowered_or_refused(published, monkeypatch,
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_comfyui_makes_room_for_the_cache(published, pack, monkeypatch, large):
+def test_comfyui_makes_room_for_the_cache(published, pack, monkeypatch, asked, large):
     """A large one goes to system memory instead: no weights leave the device for it."""
     from fovea_attention.attention.tgate import room
 
-    asked = []
-    load = comfy.model_management.load_models_gpu
-
-    def noted(models, memory_required=0, minimum_memory_required=None, **kwargs):
-        asked.append((memory_required, minimum_memory_required))
-        return load(models, memory_required=memory_required, minimum_memory_required=minimum_memory_required, **kwargs)
-
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu", noted)
     if large:
         monkeypatch.setattr(room.host, "forward_memory", lambda *args: 0.0)
     family = FAMILIES["sd15"]
