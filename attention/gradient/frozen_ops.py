@@ -12,19 +12,19 @@ is asked for the weight once more when the gradient is due (``rules``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from .. import host
 from .missing import is_about_gradients, no_gradient
 from .plain import differentiable, has_gradient, plain_tensor, plain_tensors_in
 from .rerun import is_floating, put_back, requires_gradient, rerun, taken_out
-from .rules import InputGradient, Rule, rule_of
+from .rules import Rule, only_shaped, rule_of
 
 Forward = Callable[..., Any]
 
@@ -32,19 +32,23 @@ Forward = Callable[..., Any]
 # --- resident --------------------------------------------------------------------------------------------------------------
 
 
-class _Convolution(torch.autograd.Function):
-    """Torch's own would keep the input for the gradient of the weight."""
+class _WeightKept:
+    """Lets a convolution save its weight, and nothing but the shape of its input, which only the weight's gradient would need."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, module: Any, weight: Tensor, bias: Tensor | None, backward: InputGradient) -> Tensor:
-        ctx.found = backward, module, weight, x.shape
-        result: Tensor = module._conv_forward(x, weight, bias)
-        return result
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight.data_ptr()
+        self._inputs: dict[tuple[Any, ...], Tensor] = {}
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        backward, module, weight, shape = ctx.found
-        return backward(module, gradient, weight, shape), None, None, None, None
+    def pack(self, tensor: Tensor) -> Any:
+        return tensor if tensor.data_ptr() == self._weight else (tensor.shape, tensor.dtype, tensor.device)
+
+    def unpack(self, saved: Any) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        found = self._inputs.get(saved)
+        if found is None:
+            found = self._inputs[saved] = only_shaped(*saved)
+        return found
 
 
 def _resident_forward(module: Any, adds_in_place: bool) -> Forward | None:
@@ -55,12 +59,11 @@ def _resident_forward(module: Any, adds_in_place: bool) -> Forward | None:
     if isinstance(module, nn.Linear):
         return lambda x: F.linear(x, weight, bias)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        backward = InputGradient()
+        kept = _WeightKept(weight)
 
         def convolve(x: Tensor) -> Any:
-            if x.requires_grad and torch.is_grad_enabled():
-                return _Convolution.apply(x, module, weight, bias, backward)
-            return module._conv_forward(x, weight, bias)
+            with saved_tensors_hooks(kept.pack, kept.unpack):
+                return module._conv_forward(x, weight, bias)
 
         return convolve
     if isinstance(module, nn.GroupNorm):
@@ -224,17 +227,3 @@ def _with_more_arguments(module: nn.Module, forward: Forward) -> Forward:
         return forward
     other = _rerun_forward(module)
     return lambda x, *args, **kwargs: other(x, *args, **kwargs) if args or kwargs else forward(x)
-
-
-@contextmanager
-def frozen_ops(network: nn.Module, *, adds_in_place: bool = False) -> Iterator[None]:
-    """Run the layers of ``network`` without autograd ever seeing a weight, whatever holds them.
-
-    Outside inference mode, forwards with a gradient may run in the block; afterwards every module is as it was.
-
-    Args:
-        adds_in_place: this call of a convolutional network changes its feature maps in place (ControlNet's residuals, FreeU).
-    """
-    lanes = Lanes(network, residents=False)
-    with host.swapped_forward(lanes.forwards(adds_in_place=adds_in_place)), differentiable():
-        yield

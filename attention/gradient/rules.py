@@ -27,40 +27,28 @@ def _linear(module: Any, gradient: Tensor, x: Any, weight: Tensor, bias: Any, sh
     return result if smoothing is None else result * smoothing.to(result.device, result.dtype)
 
 
-class InputGradient:
-    """The gradient of a convolution's input, in every mode of padding, for one module.
-
-    The operation asks for an input, of which it reads nothing but the shape: one number, expanded, which is kept.
-    """
-
-    def __init__(self) -> None:
-        self._inputs: dict[tuple[Any, ...], Tensor] = {}
-
-    def __call__(self, module: Any, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
-        if module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            return self._unpadded(module, gradient, weight, shape, module.padding)
-        pads = module._reversed_padding_repeated_twice  # circular for seamless images; "same"
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        padded = nn.functional.pad(gradient.new_empty(1, device="meta").expand(shape), pads, mode=mode).shape
-        result = self._unpadded(module, gradient, weight, padded, (0,) * (gradient.ndim - 2))
-        with torch.inference_mode(False), torch.enable_grad():
-            unpadded = torch.zeros(shape, dtype=result.dtype, device=result.device, requires_grad=True)  # padding is linear
-            return torch.autograd.grad(nn.functional.pad(unpadded, pads, mode=mode), unpadded, result.clone())[0]
-
-    def _unpadded(self, module: Any, gradient: Tensor, weight: Tensor, shape: torch.Size, padding: Any) -> Tensor:
-        key = (shape, gradient.dtype, gradient.device)
-        like = self._inputs.get(key)
-        if like is None:
-            with torch.inference_mode(False):
-                like = self._inputs[key] = torch.empty(1, dtype=gradient.dtype, device=gradient.device).expand(shape)
-        return _convolution_backward(
-            gradient, like, weight, None, module.stride, padding, module.dilation, False, (0,) * (gradient.ndim - 2),
-            module.groups, (True, False, False),
-        )[0]  # fmt: skip
-
-
 def _convolution(module: Any, gradient: Tensor, x: Any, weight: Tensor, bias: Any, shape: torch.Size) -> Tensor:
-    return InputGradient()(module, gradient, weight, shape)
+    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        return _unpadded(module, gradient, weight, shape, module.padding)
+    pads = module._reversed_padding_repeated_twice  # circular for seamless images; "same"
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = nn.functional.pad(gradient.new_empty(1, device="meta").expand(shape), pads, mode=mode).shape
+    result = _unpadded(module, gradient, weight, padded, (0,) * (gradient.ndim - 2))
+    with torch.inference_mode(False), torch.enable_grad():
+        unpadded = torch.zeros(shape, dtype=result.dtype, device=result.device, requires_grad=True)  # padding is linear
+        return torch.autograd.grad(nn.functional.pad(unpadded, pads, mode=mode), unpadded, result.clone())[0]
+
+
+def _unpadded(module: Any, gradient: Tensor, weight: Tensor, shape: torch.Size, padding: Any) -> Tensor:
+    return _convolution_backward(
+        gradient, only_shaped(shape, gradient.dtype, gradient.device), weight, None, module.stride, padding, module.dilation,
+        False, (0,) * (gradient.ndim - 2), module.groups, (True, False, False),
+    )[0]  # fmt: skip
+
+
+def only_shaped(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return one number, expanded: an input for the gradient of a convolution, which reads nothing of it but the shape."""
+    return torch.empty(1, dtype=dtype, device=device).expand(shape)
 
 
 def _group_norm(module: Any, gradient: Tensor, x: Tensor, weight: Any, bias: Any, shape: torch.Size) -> Tensor:

@@ -375,8 +375,9 @@ PADDINGS = [
 ]
 
 
+@pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize(("mode", "padding", "kernel"), PADDINGS)
-def test_every_padding_of_a_convolution(gradient, mode, padding, kernel):
+def test_every_padding_of_a_convolution(gradient, mode, padding, kernel, resident):
     """Nodes for seamless images make convolutions circular."""
     network = torch.nn.Sequential(comfy.ops.disable_weight_init.Conv2d(2, 3, kernel, padding=padding, padding_mode=mode))
     for parameter in network.parameters():
@@ -387,6 +388,7 @@ def test_every_padding_of_a_convolution(gradient, mode, padding, kernel):
         return torch.autograd.grad(network(x).square().sum(), x)[0]
 
     expected = slope()
-    with gradient.frozen_ops.frozen_ops(network):
-        assert network[0].__dict__["forward"].__name__ == "frozen"
+    lanes = gradient.frozen_ops.Lanes(network, residents=resident)
+    with gradient.frozen_ops.host.swapped_forward(lanes.forwards(adds_in_place=False)), gradient.plain.differentiable():
+        assert network[0].__dict__["forward"].__name__ == ("convolve" if resident else "frozen")
         torch.testing.assert_close(slope(), expected)
