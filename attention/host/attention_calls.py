@@ -82,13 +82,17 @@ def without_replacements(options: TransformerOptions, name: str) -> TransformerO
 def with_attention_observer(options: TransformerOptions, observe: Callable[..., None]) -> TransformerOptions:
     """Return options whose attention calls first show their arguments to ``observe`` and then go the way they would have gone.
 
-    What was installed before is called as before; the result is passed on untouched. (A plain closure: 0.3.75 copies
-    objects that it finds in the options.)
+    What was installed before is called as before; the result is passed on untouched. ``observe`` runs in inference mode, also
+    where another node has left it for a call. (A plain closure: 0.3.75 copies objects that it finds in the options.)
     """
     previous = options.get(_ATTENTION_OVERRIDE)
 
     def override(attention: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        observe(*args, **kwargs)
+        if torch.is_inference_mode_enabled():
+            observe(*args, **kwargs)
+        else:
+            with torch.inference_mode():
+                observe(*args, **kwargs)
         return attention(*args, **kwargs) if previous is None else previous(attention, *args, **kwargs)
 
     return {**options, _ATTENTION_OVERRIDE: override}

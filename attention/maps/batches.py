@@ -18,8 +18,8 @@ from ..networks.layers import AttentionLayer
 from ..networks.placement import Placement
 from .probabilities import calls_at_once
 
-# Copies of less are kept for the run, so that not every step makes them anew.
-_KEPT_BYTES = 8 * 2**20
+# Room for less is kept for the run: new memory in every step costs more than what is done in it.
+_KEPT_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,15 @@ class LayerBatch:
         self.capacity = capacity
         self.names: list[str] = []  # of the layers that it holds
         self._copies: tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]] | None = None
+        self._results: tuple[Tensor, Tensor] | None = None
         tokens = (size.batch, -1, size.heads, size.channels)
         self._form = (size.batch, size.heads, -1, size.channels) if size.heads_first else tokens
 
     def take(self, name: str, q: Tensor, k: Tensor) -> bool:
         """Keep one layer's call. Return whether no other one has room."""
-        _, _, queries, keys = self._copies or self._make_room()
+        if self._copies is None:
+            self._copies = self._room_for_copies()
+        _, _, queries, keys = self._copies
         at = len(self.names)
         queries[at].copy_(q.view(self._form))
         keys[at].copy_(k.view(self._form))
@@ -120,37 +123,39 @@ class LayerBatch:
     def columns(self) -> tuple[list[str], Tensor]:
         """Return the layers that it holds, and their probabilities (layers, batch, heads, keys, queries); it is empty then.
 
-        In this layout they need not be transposed to be maps.
+        In this layout they need not be transposed to be maps. The next result may take their place.
         """
         names, self.names = self.names, []
         size = self.size
         assert self._copies is not None
-        q, k, _, _ = self._copies
-        if len(names) < self.capacity:
-            count = len(names) * size.batch * size.heads
-            q, k = q[:count], k[:count]
-        columns = torch.bmm(k, q.mul_(size.scale).transpose(-1, -2)).softmax(-2)
-        if 4 * (q.numel() + k.numel()) > _KEPT_BYTES:
-            self._copies = None
+        if self._results is None:
+            self._results = self._empty(size.keys, size.queries), self._empty(size.keys, size.queries)
+        held = self._copies[0], self._copies[1], *self._results
+        q, k, logits, columns = (tensor[: len(names) * size.batch * size.heads] for tensor in held)
+        torch.bmm(k, q.mul_(size.scale).transpose(-1, -2), out=logits)
+        torch.softmax(logits, -2, out=columns)
+        if sum([tensor.nbytes for tensor in held]) > _KEPT_BYTES:
+            self._copies = self._results = None
         return names, columns.view(len(names), size.batch, size.heads, size.keys, size.queries)
 
     def drop(self) -> None:
         """Forget what it holds: the model call has ended early."""
-        self.names, self._copies = [], None
+        self.names, self._copies, self._results = [], None, None
 
-    def _make_room(self) -> tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    def _empty(self, *shape: int) -> Tensor:
+        size = self.size
+        return torch.empty(self.capacity * size.batch * size.heads, *shape, dtype=torch.float32, device=size.device)
+
+    def _room_for_copies(self) -> tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]:
         """Return room for queries and keys as they are multiplied, and its parts in the form in which a call has them."""
-        size, calls = self.size, self.capacity
-        together = calls * size.batch * size.heads
-        q = torch.empty(together, size.queries, size.channels, dtype=torch.float32, device=size.device)
-        k = torch.empty(together, size.keys, size.channels, dtype=torch.float32, device=size.device)
-        by_layer = (calls, size.batch, size.heads)
+        size = self.size
+        q, k = self._empty(size.queries, size.channels), self._empty(size.keys, size.channels)
+        by_layer = (self.capacity, size.batch, size.heads)
         queries = q.view(*by_layer, size.queries, size.channels)
         keys = k.view(*by_layer, size.keys, size.channels)
         if not size.heads_first:
             queries, keys = queries.transpose(2, 3), keys.transpose(2, 3)
-        self._copies = q, k, queries.unbind(0), keys.unbind(0)
-        return self._copies
+        return q, k, queries.unbind(0), keys.unbind(0)
 
 
 def size_of_call(

@@ -82,9 +82,10 @@ class ModelCall:
                         if layer.kind == kind and hasattr(layer.module, "to_q"):
                             self._watch_projections(stack, layer)
                 yield
-            for batch in self.plan.batches:
-                if batch.names:
-                    self._add_batch(batch)
+            with torch.inference_mode():
+                for batch in self.plan.batches:
+                    if batch.names:
+                        self._add_batch(batch)
             if self.plan.batches:
                 grids = dict.fromkeys([site.place.grid for site in self.met if site.place is not None])
                 self.run.sort_steps(self.tracks, list(grids))
@@ -179,7 +180,7 @@ class ModelCall:
             return given.shape[2], given.shape[3]
         return host.activations_size(options)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _record(
         self, layer: AttentionLayer, inputs: AttentionInputs, features: Features, site: Site | None = None
     ) -> Placement | None:
@@ -215,7 +216,7 @@ class ModelCall:
                     columns = torch.cat([columns[..., :-repeated], columns[..., -repeated:] + rows[..., place.repeated_text]], -1)
                 columns = columns.transpose(-1, -2)
                 for track, chunk, part in zip(self.tracks, columns.chunk(len(self.tracks)), parts, strict=True):
-                    part.append(self._shown(chunk, track, kept))
+                    part.append(self._shown(chunk, track, kept).contiguous())
             if looks is not None:
                 looks[:, start : start + rows.shape[2]] = pooled_mass(rows[..., place.image].sum(1), place.grid, own)
         name = layer.name
@@ -259,7 +260,7 @@ class ModelCall:
         """Return attention (..., heads, text, image) to the tokens that a view may show: (..., heads or 1, tokens, image)."""
         if kept == 1:
             columns = columns.mean(-3, keepdim=True)
-        return track.without_padding(self._folded(columns, track)).contiguous()
+        return track.without_padding(self._folded(columns, track))
 
     def _folded(self, columns: Tensor, track: Track) -> Tensor:
         """Return attention (..., tokens, image) to the prompt's own rows.

@@ -77,8 +77,9 @@ class CaptureRun:
         self.names = [self._prompt_of(index, entries) for index, entries in enumerate(conds)]
         try:
             yield
-            for track in self.tracks.values():
-                track.finish_step(self.step, self.memory.keeps_steps)
+            with torch.inference_mode():
+                for track in self.tracks.values():
+                    track.finish_step(self.step, self.memory.keeps_steps)
             steps_left = self.clock.steps - len(self.seen_steps)
             self.memory.fit(lambda: self.memory.projected_bytes(steps_left))
         finally:

@@ -443,6 +443,28 @@ def test_evaluations_of_other_nodes_are_not_recorded(watch, built):
     assert_same_maps(maps, others)
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_node_that_leaves_inference_mode_for_some_calls_changes_no_map(watch, built, gradient):
+    """As guidance nodes do that take a gradient of some steps."""
+    model = built("sd15").clone()
+    calls = []
+
+    def wrapper(apply_model, call):
+        calls.append(None)
+        inference = len(calls) % 2 == 1
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradient and not inference):
+            x = call["input"].clone().requires_grad_(gradient and not inference)
+            return apply_model(x, call["timestep"].clone(), **call["c"]).detach()
+
+    model.set_model_unet_function_wrapper(wrapper)
+    (plain, expected), (mixed, found) = watch(built("sd15")), watch(model)
+    sample(SEEN["sd15"], plain, steps=6)
+    sample(SEEN["sd15"], mixed, steps=6)
+    assert len(calls) == 6
+    assert found.layers == expected.layers
+    torch.testing.assert_close(found.heat(), expected.heat())
+
+
 def test_private_passes_are_not_recorded(watch, built):
     from fovea_attention.attention.host import INTERNAL_PASS
 
