@@ -179,7 +179,7 @@ class Lanes:
     """
 
     def __init__(self, network: nn.Module, *, residents: bool = True) -> None:
-        self.modules = [module for module in network.modules() if host.holds_weights(module)]
+        self.modules = [module for _, module in host.named_modules(network) if host.holds_weights(module)]
         self.residents = residents
         self._states: list[tuple[Any, ...]] = []
         self._found: list[tuple[nn.Module, Forward]] = []

@@ -44,7 +44,7 @@ def every_layer_passes_a_gradient(network: nn.Module) -> Iterator[None]:
 
         return run
 
-    modules = [module for module in network.modules() if type(module).forward is not nn.Module.forward]
+    modules = [module for _, module in host.named_modules(network) if type(module).forward is not nn.Module.forward]
     with host.swapped_forward([(module, checked(module, module.forward)) for module in modules]):
         yield
 

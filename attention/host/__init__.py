@@ -68,7 +68,7 @@ from .model_call import (
     with_apply_model_options,
     with_wrapped_patches,
 )
-from .network_parts import attention_pytorch, optimized_attention, pad_to_patch_size, plain_operations
+from .network_parts import attention_pytorch, named_modules, optimized_attention, pad_to_patch_size, plain_operations
 from .node_text import NodeText
 from .patching import (
     GATE,
@@ -220,6 +220,7 @@ __all__ = [
     "mask_images",
     "masked_logits",
     "move_easycache",
+    "named_modules",
     "needs_uncond",
     "needs_whole_latent",
     "noised",

@@ -18,6 +18,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from .attention_calls import _ATTENTION_OVERRIDE
+from .network_parts import named_modules
 from .patching import ModelOptions, TransformerOptions
 
 # Set in transformer_options by the pack's own extra passes (gradients, references): caches and recorders let them through.
@@ -86,7 +87,7 @@ def is_compiled(base_model: Any) -> bool:
     """
     patcher = base_model.current_patcher
     wrapped = patcher is not None and bool(patcher.get_wrappers(WrappersMP.APPLY_MODEL, "torch.compile"))
-    return wrapped or any(_is_compiled_module(module) for module in base_model.modules())
+    return wrapped or any(_is_compiled_module(module) for _, module in named_modules(base_model))
 
 
 def _is_compiled_module(module: torch.nn.Module) -> bool:

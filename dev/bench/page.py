@@ -52,7 +52,7 @@ PARTS: dict[str, Sequence[str]] = {
     "maps": ("--size", "192", "--steps", "3"),
     "maps-daam": ("--parts", "unet", "--settings", "capture", "--size", "512", "--steps", "1"),
     "dit": ("--steps", "3"),
-    "launches": ("--shapes", "sd15", "--pairs", "5"),
+    "launches": ("--pairs", "5"),
     "overhead": (),
     "scaling": (),
     "profile": (),
