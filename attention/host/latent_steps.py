@@ -157,9 +157,14 @@ class _Steps:
         """Find out whether the model is shown other noise levels than the steps' own: steps are then told by their order.
 
         Raises:
-            ValueError: it is shown another latent as well, so nothing is left to tell a step by.
+            ValueError: it is shown another latent as well, so nothing is left to tell a step by, or a part of the batch.
         """
         start, self._start = self._start, None
+        if start is not None and len(x) < len(start):
+            raise ValueError(
+                f"The sampler {self._name} evaluates the images of a batch one by one, so they cannot be guided. Sample one "
+                f"image at a time, or use {GOOD_SAMPLERS}."
+            )
         self._shifted = not self._is_level_of(0, sigma)
         if self._shifted and x is not start and not self._is_comfy:
             raise ValueError(

@@ -92,7 +92,7 @@ class Capture:
     ) -> Any:
         """Record the run, and hand its maps to the node's handle if it ends well."""
         guider = executor.class_obj
-        run = CaptureRun(self.settings, StepClock.from_sigmas(sigmas), guider)
+        run = CaptureRun(self.settings, StepClock.from_sigmas(sigmas), guider, len(noise))
         with host.run_scope(guider, self.key, run):
             result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         start, end = (_kept_latent(latent, kwargs.get("latent_shapes")) for latent in (latent_image, result))
@@ -119,7 +119,7 @@ class Capture:
         if run is not None:
             run.prompts = executor.class_obj.conds
             sigma, model_options = read_sigma(timestep, model_options)
-            run.begin_evaluation(sigma, host.steps_done(model_options))
+            run.begin_evaluation(len(x), sigma, host.steps_done(model_options))
         return executor(x, timestep, model_options, seed)
 
     def calc_cond_batch(

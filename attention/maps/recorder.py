@@ -33,11 +33,12 @@ from .sums import LayerSum, SelfSum, Track, add_steps, lowered, pooled, pooled_s
 
 
 class CaptureRun:
-    """The state of one sampling run."""
+    """The state of one sampling run, of so many ``images``."""
 
-    def __init__(self, settings: CaptureSettings, clock: StepClock, guider: Any) -> None:
+    def __init__(self, settings: CaptureSettings, clock: StepClock, guider: Any, images: int = 1) -> None:
         self.settings = settings
         self.clock = clock
+        self.images = images
         self.prompts: dict[str, Sequence[Any]] = guider.conds
         self.lock = threading.Lock()
 
@@ -61,10 +62,14 @@ class CaptureRun:
 
     # Which calls count
 
-    def begin_evaluation(self, sigma: float, done: int | None = None) -> None:
-        """Take note of an evaluation at ``sigma``, after ``done`` steps of the sampler where that is known."""
+    def begin_evaluation(self, images: int, sigma: float, done: int | None = None) -> None:
+        """Take note of an evaluation of ``images`` at ``sigma``, after ``done`` steps of the sampler where that is known."""
         self.step = self.clock.step_at(sigma, done)
         self.awaits_main_call = self.step not in self.seen_steps
+        if images < self.images:
+            self.awaits_main_call = False
+            why = "the sampler evaluates the images of a batch one by one"
+            self.note(f"{why}: sample one image at a time, or choose another sampler")
 
     @contextmanager
     def main_call(self, conds: list[Any], latent: Tensor) -> Iterator[None]:

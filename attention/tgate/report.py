@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from ..networks.blocks import Kind
 from .settings import GateOn, Mode, TGateSettings
@@ -113,6 +116,18 @@ def no_step_left(settings: TGateSettings, steps: int) -> str:
         f"nothing is reused: a run of {steps} step{'s' * (steps != 1)} has none after the gate (for a chain of short runs, set "
         f"gate_on to '{GateOn.SCHEDULE.value}')"
     )
+
+
+def evaluated_in_parts(x: Tensor, evaluated: Sequence[int], images: int) -> str:
+    """Return why a model call has a part of what is sampled, so that nothing it stores is the whole image's; "" where it has all.
+
+    Args:
+        x: what the network is given; evaluated: the shape of what the sampler asked for.
+        images: that are sampled.
+    """
+    if x.shape != evaluated:
+        return "context windows cut each step into several model calls"
+    return "the sampler evaluates the images of a batch one by one" if len(x) < images else ""
 
 
 def _listed(steps: set[int]) -> str:

@@ -33,13 +33,20 @@ class TGateRun:
         clock: the run's sigmas.
         combines_as_cfg: the guider mixes a positive and a negative prediction as CFG does.
         window: the steps that reuse attention; None: by the settings and the number of steps.
+        images: that are sampled.
     """
 
     def __init__(
-        self, settings: TGateSettings, clock: StepClock, combines_as_cfg: bool, window: GateWindow | None = None
+        self,
+        settings: TGateSettings,
+        clock: StepClock,
+        combines_as_cfg: bool,
+        window: GateWindow | None = None,
+        images: int = 1,
     ) -> None:
         self.settings = settings
         self.clock = clock
+        self.images = images
         self.gate = settings.gate_step(clock.steps) if window is None else window.gate
         self.full_from = clock.steps if window is None else window.full_from
         self.combines_as_cfg = combines_as_cfg

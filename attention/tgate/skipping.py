@@ -22,7 +22,7 @@ from .. import host
 from ..host import ModelOptions, StepClock, follow_sampler, read_sigma
 from .extrapolation import Line
 from .plan import GateWindow, gate_window
-from .report import no_step_left
+from .report import evaluated_in_parts, no_step_left
 from .settings import TGateSettings
 
 KEY = host.GATE
@@ -34,10 +34,11 @@ class SkippingRun:
     Args:
         clock: the run's sigmas.
         window: the steps that may be skipped.
+        images: that are sampled.
     """
 
-    def __init__(self, settings: TGateSettings, clock: StepClock, window: GateWindow) -> None:
-        self.settings, self.clock, self.window = settings, clock, window
+    def __init__(self, settings: TGateSettings, clock: StepClock, window: GateWindow, images: int = 1) -> None:
+        self.settings, self.clock, self.window, self.images = settings, clock, window, images
         self.prompts, self.guided = Line(), Line()  # each prompt's prediction, and the guided one, whose error counts
         self.step = -1
         self.sigma = 0.0
@@ -168,7 +169,7 @@ class StepSkipping:
         guider = executor.class_obj
         clock = StepClock.from_sigmas(sigmas)
         window = gate_window(self.settings, clock, partial(host.sigma_at_share, guider))
-        run = SkippingRun(self.settings, clock, window)
+        run = SkippingRun(self.settings, clock, window, len(noise))
         try:
             with host.run_scope(guider, KEY, run):
                 return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -205,8 +206,9 @@ class StepSkipping:
                 run.beside.add(run.step)
             return executor(model, conds, x, timestep, model_options)
         run.awaits_main_call = False
-        if x.shape != run.latent_shape:
-            run.stop("context windows cut each step into several model calls")
+        in_parts = evaluated_in_parts(x, run.latent_shape, run.images)
+        if in_parts:
+            run.stop(in_parts)
             return executor(model, conds, x, timestep, model_options)
         acts = [tuple(_uuids(one, run.sigma)) for one in conds]
         run.see((*acts, host.acting_controls(conds, run.sigma), host.acting_replacements(model_options, "attn2", run.sigma)))

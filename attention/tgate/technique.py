@@ -40,6 +40,7 @@ from .convergence import SETTLED
 from .evaluation import POSITIVE, EvaluationPlan, Situation, has_no_negative, plan_evaluation
 from .modules import attention_as
 from .plan import Action, gate_window
+from .report import evaluated_in_parts
 from .room import announced_bytes, find_room
 from .run import MOST_MISFITS, MainCall, TGateRun
 from .settings import TGateSettings
@@ -64,7 +65,7 @@ class TGate:
         guider = executor.class_obj
         clock = StepClock.from_sigmas(sigmas)
         window = gate_window(self.settings, clock, partial(host.sigma_at_share, guider))
-        run = TGateRun(self.settings, clock, host.combines_as_cfg(guider), window)
+        run = TGateRun(self.settings, clock, host.combines_as_cfg(guider), window, len(noise))
         try:
             with host.run_scope(guider, KEY, run):
                 return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -102,8 +103,9 @@ class TGate:
             return executor(model, conds, x, timestep, model_options)
         run.awaits_main_call = False
         run.main_conds = {cond["uuid"] for one in conds for cond in one or ()}
-        if x.shape != run.latent_shape:
-            run.stop("context windows cut each step into several model calls")
+        in_parts = evaluated_in_parts(x, run.latent_shape, run.images)
+        if in_parts:
+            run.stop(in_parts)
             return executor(model, conds, x, timestep, model_options)
 
         def evaluate(wanted: list[Any]) -> list[torch.Tensor]:

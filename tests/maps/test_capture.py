@@ -646,7 +646,7 @@ def budget_run(engine, steps: int = 4, **settings):
     maps = torch.rand(1, 4, 64, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     peak = 0
     for step in range(steps):
-        run.begin_evaluation(steps - step)
+        run.begin_evaluation(1, steps - step)
         with run.main_call(conds, torch.zeros(1, 4, 64, 64)):
             (track,) = run.tracks_for({"cond_or_uncond": [0], "uuids": ["u"]})
             for name in run.order:
