@@ -58,13 +58,13 @@ from .model_call import (
     call_with_cond,
     changes_features,
     cond_or_uncond,
-    cond_uuids,
     diffusion_model,
     in_worker_thread,
     internal_options,
     is_compiled,
     latent_shape,
     needs_uncond,
+    prompts_of_call,
     with_apply_model_options,
     with_wrapped_patches,
 )
@@ -169,7 +169,6 @@ __all__ = [
     "compute_dtype",
     "cond_or_uncond",
     "cond_region",
-    "cond_uuids",
     "cond_values",
     "copy_to",
     "default_noise_sampler",
@@ -267,4 +266,5 @@ __all__ = [
     "with_steps",
     "with_wrapped_patches",
     "without_replacements",
+    "prompts_of_call",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -63,9 +64,21 @@ def in_worker_thread(options: TransformerOptions) -> bool:
     return "multigpu_thread_device" in options
 
 
-def cond_uuids(options: TransformerOptions) -> list[UUID]:
-    """Return which conditioning each equal chunk of this call's batch belongs to, in batch order."""
-    return options["uuids"]
+def prompts_of_call(
+    options: TransformerOptions, batch: int, images: int, entries: Iterable[UUID]
+) -> list[tuple[int, UUID]] | None:
+    """Return what each equal chunk of a model call's batch belongs to: the index of its list of conds, and its entry there.
+
+    None where what the options say is not what is there: another node has split, doubled or put together the batch.
+
+    Args:
+        images: that are evaluated: the size of a chunk.
+        entries: of all lists of conds; with areas, one comes several times.
+    """
+    lists, uuids = options.get("cond_or_uncond", ()), options.get("uuids", ())
+    if len(lists) != len(uuids) or batch != len(uuids) * images or Counter(uuids) - Counter(entries):
+        return None
+    return list(zip(lists, uuids, strict=True))
 
 
 def cond_or_uncond(options: TransformerOptions) -> list[int]:

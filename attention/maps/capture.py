@@ -154,7 +154,7 @@ class Capture:
         """Return this model call, or None where it is not to be recorded."""
         with run.lock:
             watched = self._watched(run, model)
-            tracks = run.tracks_for(options) if watched.layers else None
+            tracks = run.tracks_for(options, len(args[0])) if watched.layers else None
         if tracks is None:
             return None
         run.meta.setdefault("model", type(model).__name__)

@@ -47,6 +47,7 @@ class CaptureRun:
         self.names: list[str] | None = None  # while that batch runs: the prompt of each list of conds
         self.conds: list[Any] = []
         self.image: tuple[int, int] = (1, 1)  # the whole latent
+        self.evaluated = images  # in that batch
         self.seen_steps: set[int] = set()
         self.seen: set[tuple[str, UUID]] = set()  # prompts that had their model call in this evaluation
 
@@ -79,6 +80,7 @@ class CaptureRun:
         self.seen.clear()
         self.conds = conds
         self.image = (latent.shape[-2], latent.shape[-1])
+        self.evaluated = len(latent)
         self.names = [self._prompt_of(index, entries) for index, entries in enumerate(conds)]
         try:
             yield
@@ -102,11 +104,16 @@ class CaptureRun:
                 return name
         return ("positive", "negative")[index] if index < 2 else f"prompt {index}"
 
-    def tracks_for(self, options: TransformerOptions) -> list[Track] | None:
+    def tracks_for(self, options: TransformerOptions, batch: int) -> list[Track] | None:
         """Return one track for each chunk of a model call's batch; None where this call is not to be recorded."""
         assert self.names is not None
+        entries = [cond["uuid"] for conds in self.conds for cond in conds or ()]
+        prompts = host.prompts_of_call(options, batch, self.evaluated, entries)
+        if prompts is None:
+            self.note("another node changes the batch of a model call, so its attention is not recorded")
+            return None
         keys = []
-        for index, uuid in zip(host.cond_or_uncond(options), host.cond_uuids(options), strict=True):
+        for index, uuid in prompts:
             keys.append((self.names[index], uuid))
             if keys[-1] not in self.tracks:
                 entry: Mapping[str, Any] = next((cond for cond in self.conds[index] or [] if cond["uuid"] == uuid), {})

@@ -10,6 +10,9 @@ from torch import Tensor
 from ..networks.blocks import Kind
 from .settings import GateOn, Mode, TGateSettings
 
+SEVERAL_CALLS = "each step calls the model several times for one prompt (tiles or windows)"
+CHANGED_BATCH = "another node changes the batch of a model call"
+
 
 @dataclass
 class Report:

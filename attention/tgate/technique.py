@@ -40,7 +40,7 @@ from .convergence import SETTLED
 from .evaluation import POSITIVE, EvaluationPlan, Situation, has_no_negative, plan_evaluation
 from .modules import attention_as
 from .plan import Action, gate_window
-from .report import evaluated_in_parts
+from .report import CHANGED_BATCH, SEVERAL_CALLS, evaluated_in_parts
 from .room import announced_bytes, find_room
 from .run import MOST_MISFITS, MainCall, TGateRun
 from .settings import TGateSettings
@@ -229,9 +229,10 @@ class TGate:
         call = run.call if run is not None else None
         if run is None or call is None or run.stopped:
             return executor(*args, **kwargs)
-        uuids = host.cond_uuids(options)
-        if call.seen.intersection(uuids):
-            run.stop("each step calls the model several times for one prompt (tiles or windows)")
+        prompts = host.prompts_of_call(options, len(args[0]), run.latent_shape[0], call.active)
+        uuids = [uuid for _, uuid in prompts or ()]
+        if prompts is None or call.seen.intersection(uuids):
+            run.stop(CHANGED_BATCH if prompts is None else SEVERAL_CALLS)
             if call.plan.kept is not None or call.served["cross"]:
                 call.give_up("tiles")
             return executor(*args, **kwargs)

@@ -648,7 +648,7 @@ def budget_run(engine, steps: int = 4, **settings):
     for step in range(steps):
         run.begin_evaluation(1, steps - step)
         with run.main_call(conds, torch.zeros(1, 4, 64, 64)):
-            (track,) = run.tracks_for({"cond_or_uncond": [0], "uuids": ["u"]})
+            (track,) = run.tracks_for({"cond_or_uncond": [0], "uuids": ["u"]}, 1)
             for name in run.order:
                 run.add_text(track, name, 4, maps)
                 peak = max(peak, run.memory.bytes())
