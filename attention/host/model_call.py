@@ -75,7 +75,8 @@ def prompts_of_call(
         images: that are evaluated: the size of a chunk.
         entries: of all lists of conds; with areas, one comes several times.
     """
-    lists, uuids = options.get("cond_or_uncond", ()), options.get("uuids", ())
+    lists: Sequence[int] = options.get("cond_or_uncond", ())
+    uuids: Sequence[UUID] = options.get("uuids", ())
     if len(lists) != len(uuids) or batch != len(uuids) * images or Counter(uuids) - Counter(entries):
         return None
     return list(zip(lists, uuids, strict=True))
