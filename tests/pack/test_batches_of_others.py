@@ -29,7 +29,8 @@ def step(model: Any, x: Tensor, sigmas: Tensor, index: int, extra: Any) -> tuple
 def step_by_step(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, callback: Any, disable: Any) -> Tensor:
     for index in range(len(sigmas) - 1):
         after, denoised = step(model, x, sigmas, index, extra_args)
-        callback({"i": index, "denoised": denoised, "x": x, "sigma": sigmas[index], "sigma_hat": sigmas[index]})
+        if callback is not None:
+            callback({"i": index, "denoised": denoised, "x": x, "sigma": sigmas[index], "sigma_hat": sigmas[index]})
         x = after
     return x
 
