@@ -1,7 +1,7 @@
 """Other packs' samplers and model wrappers that take the batch apart, or add to it: no image gets what is another's.
 
-Where less is done, it is said. ComfyUI's own batches hold the sampler's images once for each prompt, in the order that its options
-tell.
+Where less is done, it is said. ComfyUI's own batches hold the sampler's images once for each prompt, in the order that its
+options tell.
 """
 
 from __future__ import annotations
