@@ -133,6 +133,7 @@ from .window_prompts import Area, part, uncut_control
 
 __all__ = [
     "ModelPatcher",
+    "lazycache_acts",
     "pad_to_patch_size",
     "attention_pytorch",
     "AXES",
@@ -213,7 +214,6 @@ __all__ = [
     "log",
     "maps_files",
     "make_caches_compute",
-    "lazycache_acts",
     "make_easycache_compute",
     "make_lazycache_compute",
     "mask_images",
@@ -239,6 +239,7 @@ __all__ = [
     "prompt_everywhere",
     "prompts_by_area",
     "prompts_of",
+    "prompts_of_call",
     "read_sigma",
     "run_scope",
     "run_state",
@@ -266,5 +267,4 @@ __all__ = [
     "with_steps",
     "with_wrapped_patches",
     "without_replacements",
-    "prompts_of_call",
 ]

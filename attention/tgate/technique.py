@@ -232,9 +232,10 @@ class TGate:
         prompts = host.prompts_of_call(options, len(args[0]), run.latent_shape[0], call.active)
         uuids = [uuid for _, uuid in prompts or ()]
         if prompts is None or call.seen.intersection(uuids):
-            run.stop(CHANGED_BATCH if prompts is None else SEVERAL_CALLS)
+            reason = CHANGED_BATCH if prompts is None else SEVERAL_CALLS
+            run.stop(reason)
             if call.plan.kept is not None or call.served["cross"]:
-                call.give_up("tiles")
+                call.give_up(reason)
             return executor(*args, **kwargs)
         call.seen.update(uuids)
 
