@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -116,9 +117,27 @@ def resize_maps(maps: torch.Tensor, size: Sequence[int], mode: str = "bicubic", 
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     height, width = size
-    flat = maps.reshape(-1, 1, *maps.shape[-2:])
-    flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
-    flat = interpolate(flat, size=(height, width), mode=mode, antialias=antialias)
-    flat = flat.clamp_(min=0) if mode == "bicubic" else flat
+    flat = maps if maps.dtype in (torch.float32, torch.float64) else maps.float()
+    if mode == "bicubic" and not antialias:
+        flat = _bicubic(flat.reshape(-1, *maps.shape[-2:]), height, width).clamp_(min=0)
+    else:
+        flat = interpolate(flat.reshape(-1, 1, *maps.shape[-2:]), size=(height, width), mode=mode, antialias=antialias)
+        flat = flat.clamp_(min=0) if mode == "bicubic" else flat
     flat = flat if flat.dtype == maps.dtype else flat.to(maps.dtype)
     return flat.view(*maps.shape[:-2], height, width)
+
+
+def _bicubic(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return maps (n, h, w) at (n, height, width), as two products: torch's own function takes one number after another."""
+    if maps.shape[-1] != width:
+        maps = maps @ _bicubic_weights(maps.shape[-1], width, maps.dtype, maps.device).T
+    if maps.shape[-2] != height:
+        maps = _bicubic_weights(maps.shape[-2], height, maps.dtype, maps.device) @ maps
+    return maps
+
+
+@lru_cache(maxsize=64)
+def _bicubic_weights(old: int, new: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return what torch's bicubic interpolation makes of every number of a line: (new, old)."""
+    with torch.inference_mode(False), torch.no_grad():
+        return interpolate(torch.eye(old, dtype=dtype)[None, None], size=(new, old), mode="bicubic")[0, 0].to(device)

@@ -200,7 +200,7 @@ def unet_part(
             measured.add_peer(name, node, model, steps, latent, shape.context)
         if daam is not None:
             measured.add_daam(stack.enter_context(daam_process(daam, size, steps, shape, target)))
-        text = measured.table(take_turns(measured.runs, pairs), memory_name(target.device))
+        text = measured.table(take_turns(measured.runs, pairs, memory=True), memory_name(target.device))
     title = f"### U-Net of {shape.channels} channels in {shape.layout}'s shape, {size} px, {steps} steps, {pairs} pairs"
     return f"{title}, {target.precision}\n\n{text}", measured
 
@@ -209,7 +209,7 @@ def embedded_part(steps: int, pairs: int, settings: Sequence[str] = tuple(SETTIN
     measured = Measured()
     model = evaluate.load()[0]
     measured.add_host(settings, model, steps, torch.zeros(1, 3, 32, 32), 96)
-    text = measured.table(take_turns(measured.runs, pairs), memory_name(model.load_device))
+    text = measured.table(take_turns(measured.runs, pairs, memory=True), memory_name(model.load_device))
     return f"### Embedded model, 256 px, {steps} steps, {pairs} pairs, {precision_of(model)}\n\n{text}", measured
 
 

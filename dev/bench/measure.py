@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import platform
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,23 +68,43 @@ class Timings:
         return statistics.median(self.seconds)
 
 
-def take_turns(variants: Mapping[str, Run], repeats: int, say: Callable[[str], None] = print) -> dict[str, Timings]:
+def take_turns(
+    variants: Mapping[str, Run], repeats: int, say: Callable[[str], None] = print, *, memory: bool = False
+) -> dict[str, Timings]:
     """Run every variant ``repeats`` times, in turn, after one round that is not counted.
 
-    Memory is that of the GPU where there is one, else of the process.
+    Args:
+        memory: read how far memory rises as well, the GPU's where there is one, else the process's: in a round of its own, for
+            reading it every few milliseconds takes time from a variant's Python.
     """
     timings = {name: Timings() for name in variants}
     for turn in range(repeats + 1):
         for name, run in variants.items():
-            with AllocatedMemory("cuda") if torch.cuda.is_initialized() else ResidentMemory() as memory:
+            with _own_garbage_only():
                 start = now()
                 run()
                 seconds = now() - start
             if turn:
                 timings[name].seconds.append(seconds)
-                timings[name].peak_bytes = max(timings[name].peak_bytes, memory.peak)
             say(f"  {'warm-up' if not turn else f'{turn}/{repeats}'}  {name}: {seconds:.2f} s")
+    if memory:
+        for name, run in variants.items():
+            with AllocatedMemory("cuda") if torch.cuda.is_initialized() else ResidentMemory() as read:
+                run()
+            timings[name].peak_bytes = read.peak
     return timings
+
+
+@contextmanager
+def _own_garbage_only() -> Iterator[None]:
+    """Collect no garbage among what is there already: to look through it takes Python a tenth of a second, always in the turn of
+    the same variant."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def ratios(slow: Timings, fast: Timings) -> tuple[float, float, float]:

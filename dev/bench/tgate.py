@@ -161,7 +161,7 @@ def speed_of(network: Network, args: argparse.Namespace) -> str:
     macs = {name: multiply_accumulates(run) for name, run in runs.items()}
     with watched_runs() as seen:
         runs["T-GATE"]()
-    timings = take_turns(runs, args.repeats)
+    timings = take_turns(runs, args.repeats, memory=True)
     rows = []
     for name in runs:
         plain = THEIR_PLAIN if name == THEIR_GATE else PLAIN

@@ -55,7 +55,7 @@ def report(size: Size, *, tiny: bool = False) -> str:
     runs = {name: sampler(each, size.steps, latent, shape.context, shape.pooled) for name, each in models.items()}
     bound = multiply_accumulates(runs[PLAIN]) / multiply_accumulates(runs[GATED])
     pairs = 1 if tiny else PAIRS
-    timings = take_turns(runs, pairs, say=lambda _: None)
+    timings = take_turns(runs, pairs, say=lambda _: None, memory=True)
     rows = []
     for name, timing in timings.items():
         middle, low, high = ratios(timings[PLAIN], timing)
