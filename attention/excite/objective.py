@@ -28,6 +28,7 @@ class ExciteObjective:
         grid: what maps are averaged down to where a network's own are finer; None keeps them.
         own: what the prompt's rows are told by where a node computes several prompts at once.
         places: where the run's subjects should be; None: anywhere.
+        mask: where the prompt acts, (1 or batch, height, width), and its subjects are looked for; None: everywhere.
         strengths: of every image after a pass, (batch, subjects), filled row by row.
     """
 
@@ -37,6 +38,7 @@ class ExciteObjective:
     batch: int
     own: OwnPrompt = OwnPrompt(None, "")
     places: Places | None = None
+    mask: Tensor | None = None
     strengths: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,6 +80,8 @@ class ExciteObjective:
         if self.grid is not None and math.prod(self.grid) < maps.shape[1] * maps.shape[2]:
             maps = resize_maps(maps.movedim(-1, 1), self.grid, "area").movedim(1, -1)
         subjects = subject_maps(maps, self.prompt, self.settings)
+        if self.mask is not None:
+            subjects = subjects * _inside(self.mask, subjects, rows)
         self.strengths[rows.cpu()] = strengths(subjects).detach().float().cpu()
         if self.settings.loss is Loss.ATTEND_EXCITE:
             loss = neglect(subjects, [len(subject.positions) for subject in self.prompt.subjects])
@@ -92,6 +96,12 @@ class ExciteObjective:
             whole = subjects if looks.shape[1] == subjects[0, 0].numel() else _resized(subjects, looks.shape[1])
             loss = loss + self.settings.self_overlap * self_overlap(whole, looks)
         return loss
+
+
+def _inside(mask: Tensor, subjects: Tensor, rows: Tensor) -> Tensor:
+    """Return a mask of some images on the grid of their subjects' maps, (rows, 1, height, width); 1 where it is brightest."""
+    coarse = resize_maps(mask.to(subjects.device, subjects.dtype), subjects.shape[-2:], "area")
+    return (coarse / coarse.amax((1, 2), keepdim=True))[rows.to(subjects.device) % len(mask), None]
 
 
 def _on_one_grid(measured: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -93,6 +93,8 @@ class ExciteRun:
         self.counts = Counts()
         self.first: Tensor | None = None  # (batch, subjects): before anything was moved, and last seen
         self.last: Tensor | None = None
+        self.looked = False  # a step has looked at the prompts
+        self.active = [False] * len(prompts)  # which of them acted then
         self.places: Places | None = None
         self.progress = host.Progress(steps)
 
@@ -170,17 +172,20 @@ class ExciteRun:
 
     def _gradient(self, seen: Tensor, sigma: Tensor, rows: Tensor) -> Gradient | None:
         """Return the loss and gradient of some images; each image's is that of its most neglected entry of the prompt."""
+        self.looked = True
         best: Gradient | None = None
         weakest = torch.zeros(len(rows))
         strengths: list[Tensor] = []
         if self.places is None and self.settings.places.active:
             tokens = [len(subject.positions) for _, prompt in self.prompts for subject in prompt.subjects]
             self.places = Places(self.settings.places, len(seen), tokens)
-        for cond, prompt in self.prompts:
+        for number, (cond, prompt) in enumerate(self.prompts):
             grid = self.chosen.grid if "area" not in cond else None
-            own = OwnPrompt(_text_of(cond), self.owners)
-            objective = ExciteObjective(prompt, self.settings.losses, grid, len(seen), own, self.places)
-            found = self.passes.gradient(cond, seen, sigma, objective, rows)
+            own, mask = OwnPrompt(_text_of(cond), self.owners), host.cond_mask(cond)
+            objective = ExciteObjective(prompt, self.settings.losses, grid, len(seen), own, self.places, mask)
+            acts = mask is None or bool(mask.flatten(1).any(1).all())
+            found = self.passes.gradient(cond, seen, sigma, objective, rows) if acts else None
+            self.active[number] |= found is not None
             strengths.append(objective.strengths if found is not None else torch.full_like(objective.strengths, math.nan))
             if found is None:
                 continue
@@ -213,6 +218,10 @@ class ExciteRun:
             image, subject = divmod(int(self.first.argmin()), self.first.shape[1])
             before, after = (float(values[image, subject]) for values in (self.first, self.last))
             text += f', weakest subject "{self.names[subject]}" {before:.2f} -> {after:.2f}'
+        idle = [prompt for (_, prompt), active in zip(self.prompts, self.active, strict=True) if not active]
+        if self.looked and idle:
+            names = ", ".join(f'"{subject.name}"' for prompt in idle for subject in prompt.subjects)
+            text += f"; {names} not guided: that prompt acts in none of the guided steps"
         if counts.missed and self.last is not None:
             listed = ", ".join(f"{wanted:g} in {images}" for wanted, images in sorted(counts.missed.items()))
             text += (

@@ -23,6 +23,7 @@ from .attention_calls import (
 )
 from .conds import (
     LIMITS_OF_A_WINDOW,
+    cond_mask,
     cond_region,
     cond_values,
     is_active,
@@ -114,7 +115,7 @@ from .step_caches import (
     make_lazycache_compute,
     move_easycache,
 )
-from .steps import StepClock, acting_controls, follow_sampler, read_sigma, steps_done
+from .steps import StepClock, acting_controls, acting_hooks, follow_sampler, read_sigma, steps_done
 from .tiling import AXES, Edges, join_edges, joined_edges, tiling_key
 from .weights import (
     cast_weights,
@@ -151,6 +152,7 @@ __all__ = [
     "StepClock",
     "TransformerOptions",
     "acting_controls",
+    "acting_hooks",
     "acting_replacements",
     "activations_size",
     "add_part",
@@ -169,6 +171,7 @@ __all__ = [
     "combines_as_cfg",
     "compute_dtype",
     "cond_or_uncond",
+    "cond_mask",
     "cond_region",
     "cond_values",
     "copy_to",

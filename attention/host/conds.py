@@ -27,6 +27,15 @@ def cond_region(cond: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def cond_mask(cond: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return where a running guider's cond acts in its area, (1 or batch, height, width), of a video the mean over its frames.
+
+    None: everywhere.
+    """
+    mask: torch.Tensor | None = cond.get("mask")
+    return None if mask is None else cond_region(cond, mask[:, None]).float().flatten(1, -3).mean(1)
+
+
 def is_active(cond: Mapping[str, Any], sigma: float) -> bool:
     """Return whether a running guider's cond acts at ``sigma``: its timestep range, if it has one, holds it."""
     start, end = cond.get("timestep_start"), cond.get("timestep_end")
@@ -49,8 +58,9 @@ def prompts_of(guider: Any) -> list[Sequence[Mapping[str, Any]]]:
 
 
 def limited_prompts(guider: Any) -> bool:
-    """Return whether a prompt of a running guider is for an area or has a ControlNet, whose image belongs to the whole."""
-    return any(cond.get(name) is not None for conds in guider.conds.values() for cond in conds for name in ("area", "control"))
+    """Return whether a prompt of a running guider is for a part of the image, or its ControlNet's image is of the whole."""
+    limits = ("area", "mask", "control")
+    return any(cond.get(name) is not None for conds in guider.conds.values() for cond in conds for name in limits)
 
 
 @contextmanager

@@ -147,6 +147,13 @@ def acting_controls(conds: Iterable[Sequence[Mapping[str, Any]] | None], sigma: 
     return tuple(acting)
 
 
+def acting_hooks(conds: Iterable[Sequence[Mapping[str, Any]] | None], sigma: float) -> tuple[int, ...]:
+    """Return for each hook of a running guider's prompts how many of its keyframes have begun at ``sigma``: a LoRA's strength."""
+    groups = [cond.get("hooks") for cond in chain.from_iterable(some or () for some in conds)]
+    hooks = chain.from_iterable(group.hooks for group in groups if group is not None)
+    return tuple(sum(keyframe.start_t >= sigma for keyframe in hook.hook_keyframe.keyframes) for hook in hooks)
+
+
 def steps_done(options: ModelOptions) -> int | None:
     """Return how many steps the sampler has told its progress bar of; None where ``follow_sampler`` does not listen."""
     levels: NoiseLevels | None = run_state(options, _LEVELS)

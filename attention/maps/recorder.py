@@ -137,6 +137,11 @@ class CaptureRun:
         known = cond.get(METADATA)
         if known is None or "conditioning_length" in known:
             known = known_metadata(cond)
+        mask = host.cond_mask(cond)
+        if mask is not None and not bool(mask.all()):
+            self.note(
+                f"the {prompt} prompt acts inside its mask only; attention to it outside, which maps show too, had no effect"
+            )
         rows = 0 if text is None else text.shape[1]
         fingerprint = "" if text is None else encoded_fingerprint(text)
         return Track(prompt, rows, placed, known, padding_of(known, text), fingerprint)

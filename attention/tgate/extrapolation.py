@@ -56,7 +56,7 @@ class Line:
 
     def measure(self, x: torch.Tensor, image: torch.Tensor, sigma: float) -> None:
         """Note how far a computed ``image`` is from the line's first prediction; reads one value from the device."""
-        if len(self._levels) < 2 or abs(_level(sigma) - self._levels[-1]) < _SAME_LEVEL:
+        if len(self._levels) < 2 or any(abs(_level(sigma) - level) < _SAME_LEVEL for level in self._levels):
             return
         (predicted, *_), (ahead, apart) = self.at(x, sigma), self._distances(sigma)
         error = (predicted - image).float().norm() / image.float().norm().clamp_min(TINY_SIGMA)

@@ -64,7 +64,7 @@ class TGateRun:
         self.guidance: Guidance | None = None  # through the last two steps that computed both prompts, where it is kept
         self.negative_is_old = False  # it was left out since both prompts were last computed
         self.last: int | None = None  # the last step that was computed
-        self.acted: tuple[bool, ...] = ()  # which of other nodes' attention replacements acted in the last evaluation
+        self.acted: tuple[Any, ...] = ()  # which of other nodes' attention replacements and hooks acted in the last evaluation
         self.misfits = 0  # successive evaluations in which stored attention did not fit
         self.reuses_text = True
         self.stopped = False
@@ -120,8 +120,8 @@ class TGateRun:
         if plan.attention.self_attention is Action.COMPUTE:
             self.cache.forget([site for site in sites if site.kind == "self"])
 
-    def see_replacements(self, acting: tuple[bool, ...], sites: list[AttentionSite]) -> None:
-        """Forget stored cross-attention where another node's replacement has begun or ended to act since (IPAdapter)."""
+    def see_replacements(self, acting: tuple[Any, ...], sites: list[AttentionSite]) -> None:
+        """Forget stored cross-attention where another node's replacement (IPAdapter) or another keyframe of a LoRA acts since."""
         if acting != self.acted and (self.cache.means or self.cache.conds):
             self.cache.forget([site for site in sites if site.kind == "cross"])
             self.report.misfits.add(self.step)

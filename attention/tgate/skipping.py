@@ -48,7 +48,7 @@ class SkippingRun:
         self.computed = False  # this evaluation was computed
         self.latent_shape = torch.Size()
         self.awaits_main_call = False  # the next batch of conds is the sampler's own
-        self.acting: tuple[Any, ...] = ()  # prompts, ControlNets and attention replacements of the last evaluation
+        self.acting: tuple[Any, ...] = ()  # prompts, ControlNets, hooks and attention replacements of the last evaluation
         self.another_skipped = False  # EasyCache or LazyCache answered since the last computed step
         self.skipped: set[int] = set()
         self.other_cache = ""  # EasyCache or LazyCache, where one acts in this run
@@ -151,7 +151,10 @@ class SkippingRun:
                 "add noise in every step, and few steps, leave little to extrapolate)"
             )
         elif not self.skipped:
-            reasons.append("too few steps were computed one after the other to know what a skipped one would cost")
+            reasons.append(
+                "too few steps were computed one after the other, each at less noise than the last, to know what a skipped one "
+                "would cost"
+            )
         return reasons
 
 
@@ -211,7 +214,8 @@ class StepSkipping:
             run.stop(in_parts)
             return executor(model, conds, x, timestep, model_options)
         acts = [tuple(_uuids(one, run.sigma)) for one in conds]
-        run.see((*acts, host.acting_controls(conds, run.sigma), host.acting_replacements(model_options, "attn2", run.sigma)))
+        others = host.acting_controls(conds, run.sigma), host.acting_hooks(conds, run.sigma)
+        run.see((*acts, *others, host.acting_replacements(model_options, "attn2", run.sigma)))
         if run.skips:
             run.skipped.add(run.step)
             host.make_caches_compute(model_options)  # they compare with the last step, which was not computed

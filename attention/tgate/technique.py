@@ -112,7 +112,8 @@ class TGate:
             return executor(model, wanted, x, timestep, model_options)
 
         sites = run.sites(model)
-        run.see_replacements(host.acting_replacements(model_options, "attn2", run.sigma), sites)
+        replacements = host.acting_replacements(model_options, "attn2", run.sigma)
+        run.see_replacements((replacements, host.acting_hooks(conds, run.sigma)), sites)
         now = run.situation(sites, conds, host.needs_uncond(model_options))
         if not now.reuses_text and run.reuses_text:
             run.report.no_text = "the model is compiled" if host.is_compiled(model) else _no_text(model)

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import comfy.hooks
 import comfy.model_management
 import comfy.samplers
 import comfy_extras.nodes_custom_sampler as custom
@@ -186,7 +187,7 @@ def test_every_guider(skipping, caplog, small, kind):
     assert 0 < (result - plain).norm() < 0.05 * plain.norm()
 
 
-@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "uni_pc", "euler_cfg_pp", "dpm_adaptive"])
+@pytest.mark.parametrize("sampler", ["heun", "heunpp2", "dpmpp_2m", "uni_pc", "euler_cfg_pp", "dpm_adaptive"])
 def test_samplers_without_noise(skipping, caplog, small, sampler):
     plain = sample(small, steps=STEPS, sampler=sampler)
     with Calls(small) as whole:
@@ -241,6 +242,14 @@ def test_a_rising_noise_level(skipping, caplog, small):
     assert skipped_in(caplog.text) > 0 and (result - plain).norm() < 0.05 * plain.norm()
 
 
+@pytest.mark.parametrize("again", [0.8, 1.0, 1.2])
+def test_a_noise_level_that_comes_back(skipping, small, again):
+    sigmas = torch.tensor([14.6, 8.0, 5.0, 3.0, 2.0, 1.2, 0.8, again, 0.5, 0.3, 0.15, 0.05, 0.0])
+    plain = run_guider(custom.CFGGuider.execute(small, cond(1), cond(2), 3.0)[0], sigmas=sigmas)
+    result = run_guider(custom.CFGGuider.execute(skipping(small), cond(1), cond(2), 3.0)[0], sigmas=sigmas)
+    assert (result - plain).norm() < 0.05 * plain.norm()
+
+
 # --- what changes on the way --------------------------------------------------------------------------------------------
 
 
@@ -260,6 +269,45 @@ def test_prompts_that_change_are_computed_anew(skipping, caplog, scenes):
     generate(gated, early + late, negative, steps=20)
     changed = next(i for i, (a, b) in enumerate(zip(seen, seen[1:], strict=False)) if a != b) + 1
     assert len(seen) - changed >= 3 and skipped_in(caplog.text) == 20 - len(seen) > 4
+
+
+@pytest.mark.parametrize("schedule", ["skip steps", "as published"])
+def test_a_lora_that_begins_is_computed_anew(node_classes, caplog, scenes, schedule):
+    """The step in which a keyframe of a hook begins is computed, with its cross-attention."""
+    model, positive, negative = scenes
+    weights = model.model.diffusion_model.state_dict()
+    lora = {}
+    for name in (name for name in weights if name.endswith("attn2.to_v.weight")):
+        rows, columns = weights[name].shape
+        lora[f"diffusion_model.{name.removesuffix('.weight')}.lora_up.weight"] = torch.full((rows, 1), 0.3)
+        lora[f"diffusion_model.{name.removesuffix('.weight')}.lora_down.weight"] = torch.full((1, columns), 0.3)
+    hooks, keyframes = comfy.hooks.create_hook_lora(lora, 1.0, 1.0), comfy.hooks.HookKeyframeGroup()
+    keyframes.add(comfy.hooks.HookKeyframe(0.0, start_percent=0.0))
+    keyframes.add(comfy.hooks.HookKeyframe(1.0, start_percent=0.6))
+    hooks.set_keyframes_on_hooks(keyframes)
+    hooked = comfy.hooks.set_hooks_for_conditioning(positive, hooks)
+    begins = model.get_model_object("model_sampling").percent_to_sigma(0.6)
+
+    def sigmas_of(patched):
+        computed: list[float] = []
+
+        def watch(executor, network, conds, x, timestep, options):
+            computed.append(float(timestep.max()))
+            return executor(network, conds, x, timestep, options)
+
+        watched = patched.clone()
+        watched.add_wrapper_with_key("calc_cond_batch", "watch", watch)
+        generate(watched, hooked, negative, steps=20)
+        return computed
+
+    everything = sigmas_of(model)
+    computed = sigmas_of(node_classes["TGateCache"].execute(model, schedule=schedule, gate_at=0.3, max_error=1.0)[0])
+    if schedule == "skip steps":
+        assert skipped_in(caplog.text) == 20 - len(computed) > 4
+        first = next(index for index, sigma in enumerate(everything) if sigma <= begins)
+        assert [sigma for sigma in computed if sigma <= begins][:3] == everything[first : first + 3]
+    else:
+        assert "stored again" in caplog.text
 
 
 def _acts(cond: dict[str, Any], timestep: torch.Tensor) -> bool:
