@@ -24,10 +24,11 @@ from .reading import read_file
 from .relatives import changed_dit, incomplete, not_a_dit, some
 from .settings import TrainingSettings, settings_of
 
-# Empty tensors in a file that ComfyUI saved: what the weights alone do not say.
-DIFFUSERS_MARK, VELOCITY_MARK = "fovea_diffusers_network", "fovea_predicts_velocity"
-FROM_IMAGE_MARK, NO_NULL_MARK = "fovea_time_from_image", "fovea_no_null_class"
-_MARKS = (DIFFUSERS_MARK, VELOCITY_MARK, FROM_IMAGE_MARK, NO_NULL_MARK)
+# Empty tensors in a file that ComfyUI saved: what the weights alone do not say. That of the heads has as many rows.
+DIFFUSERS_MARK, HEADS_MARK, FROM_IMAGE_MARK = "fovea_diffusers_network", "fovea_heads", "fovea_time_from_image"
+VELOCITY_MARK, EPSILON_MARK = "fovea_predicts_velocity", "fovea_predicts_epsilon"
+NULL_MARK, NO_NULL_MARK = "fovea_null_class", "fovea_no_null_class"
+_MARKS = (DIFFUSERS_MARK, HEADS_MARK, FROM_IMAGE_MARK, VELOCITY_MARK, EPSILON_MARK, NULL_MARK, NO_NULL_MARK)
 
 _IMAGENET = 1000
 _PROJECTORS = "projectors."  # of REPA's training (arXiv:2410.06940), which sampling has no use for
@@ -47,7 +48,7 @@ class DiTFile:
         prediction: "epsilon" or "velocity" where the file says so, else None.
         from_image: time counts from image (0) to noise (1), not the way SiT counts.
         copies: names of the copies of the network in the file; the first is the one in ``weights``.
-        unread: an average of the weights in the file that could not be used, or None.
+        unread: an average of the weights in the file that could not be used and why, or None.
         names: the classes' own names, where the file has them.
     """
 
@@ -69,7 +70,7 @@ class DiTFile:
         trained = f", trained on {self.grid * n['patch_size'] * 8} px" if self.grid else ""
         taken, *others = (f"'{name}'" if name else "those without a name in front" for name in self.copies)
         weights = f", weights: {taken} (the file also has {', '.join(others)})" if others else ""
-        unread = f", but not its averaged weights '{self.unread}', whose form is unknown" if self.unread else ""
+        unread = f", but not its averaged weights {self.unread}" if self.unread else ""
         return (
             f"{n['conditioning']}, {n['depth']} blocks of width {n['width']}, patch {n['patch_size']}, {n['classes']} classes"
             f"{null}{trained}, {self.layout} layout{weights}{unread}"
@@ -89,11 +90,11 @@ def read_dit(path: str) -> DiTFile:
         raise not_a_dit(tensors_of(tree), name)
     settings = settings_of(tree, beside)
     weights, layout = _in_our_names(copies[0], name)
-    marks = {mark for mark in _MARKS if weights.pop(mark, None) is not None}
+    marks = {mark: weights.pop(mark) for mark in _MARKS if mark in weights}
     projectors = [key for key in weights if key.startswith(_PROJECTORS)]
     weights = _dequantised({key: value for key, value in weights.items() if key not in projectors})
     table = weights.pop("pos_embed", None)
-    network = _network(weights, name, settings, no_null=NO_NULL_MARK in marks)
+    network = _network(weights, name, settings, marks)
     if layout == "diffusers" or DIFFUSERS_MARK in marks:
         network |= DIFFUSERS_DETAILS
     _check_complete(network, weights, name)
@@ -102,7 +103,7 @@ def read_dit(path: str) -> DiTFile:
         network,
         weights,
         _trained_grid(table, network, name),
-        "velocity" if VELOCITY_MARK in marks or projectors else settings.prediction,
+        "velocity" if VELOCITY_MARK in marks or projectors else "epsilon" if EPSILON_MARK in marks else settings.prediction,
         FROM_IMAGE_MARK in marks or bool(projectors) or settings.from_image,
         tuple(copy.name for copy in copies),
         None if copies[0].averaged else unread_averages(tree),
@@ -130,11 +131,12 @@ def _dequantised(weights: Weights) -> Weights:
     return plain
 
 
-def _network(weights: Weights, name: str, settings: TrainingSettings, no_null: bool) -> dict[str, Any]:
-    """Return the arguments of ``DiT``, from names and shapes."""
+def _network(weights: Weights, name: str, settings: TrainingSettings, marks: Weights) -> dict[str, Any]:
+    """Return the arguments of ``DiT``, from names, shapes and marks."""
     first = weights.get(PATCH_EMBEDDING)
     blocks = {int(match[1]) for key in weights if (match := re.match(r"blocks\.(\d+)\.", key))}
-    modulation = weights.get("blocks.0.adaLN_modulation.1.weight")
+    modulations = (weights.get(f"blocks.{block}.adaLN_modulation.1.weight") for block in sorted(blocks))
+    modulation = next((found for found in modulations if found is not None), None)
     decoder, labels = weights.get("final_layer.linear.weight"), weights.get("y_embedder.embedding_table.weight")
     if first is None or first.ndim != 4 or decoder is None or labels is None or not blocks:
         raise _without_the_rest(weights, name)
@@ -148,12 +150,12 @@ def _network(weights: Weights, name: str, settings: TrainingSettings, no_null: b
         crossed = any(".cross_attn." in key for key in weights)
         design = Conditioning.CROSS_ATTENTION if crossed else Conditioning.IN_CONTEXT
     rows = labels.shape[0]
-    null = not no_null and _has_null_class(rows, settings)
-    heads = settings.heads if settings.heads and width % settings.heads == 0 else heads_of(width)
+    null = NULL_MARK in marks or (NO_NULL_MARK not in marks and _has_null_class(rows, settings))
+    heads = len(marks[HEADS_MARK]) if HEADS_MARK in marks else settings.heads
     return {
         "depth": max(blocks) + 1,
         "width": width,
-        "heads": heads,
+        "heads": heads if heads and width % heads == 0 else heads_of(width),
         "patch_size": patch,
         "classes": rows - null,
         "in_channels": in_channels,

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,8 @@ _OF_OTHERS = frozenset(("teacher", "discriminator", "critic", "fake", "target", 
 _PREFERRED = ("model", "state", "module")  # among copies that are not averaged
 # A hostile file can hold a dictionary that contains itself: how deep is searched, and how often in the same one.
 _DEEPEST, _MOST = 12, 8
+_LOOKED_AT = 64  # entries of a dictionary or list, to tell whether it holds weights
+_DECAY = re.compile(r"(?<!\d)0\.\d+")  # of an average: ema_0.9999
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,17 @@ def tensors_of(tree: Mapping[Any, Any]) -> Weights:
 
 
 def _walk(tree: Mapping[Any, Any]) -> list[tuple[str, Any, str]]:
-    """Return what is in nested dictionaries: its path, itself, and the path of the dictionary."""
+    """Return what is in nested dictionaries: its path, itself, and the path of the dictionary.
+
+    A list or tuple in which one dictionary holds weights is that dictionary: {"ema": (weights, 0.9999)}.
+    """
     uses: Counter[int] = Counter()
 
     def walk(inner: Mapping[Any, Any], path: str, depth: int) -> Iterator[tuple[str, Any, str]]:
         uses[id(inner)] += 1
-        for key, value in inner.items():
+        for key, held in inner.items():
+            holders = _holders(held)
+            value = holders[0] if len(holders) == 1 else held
             if not isinstance(value, Mapping):
                 yield f"{path}{key}", value, path
             elif depth < _DEEPEST and uses[id(value)] < _MOST:
@@ -70,11 +78,25 @@ def _walk(tree: Mapping[Any, Any]) -> list[tuple[str, Any, str]]:
     return list(walk(tree, "", 0))
 
 
+def _holders(value: Any) -> list[Mapping[Any, Any]]:
+    """Return the dictionaries in a list or tuple that hold weights."""
+    parts = value if isinstance(value, (list, tuple)) else ()
+    return [part for part in parts if isinstance(part, Mapping) and _holds_weights(part)]
+
+
+def _holds_weights(value: Any, depth: int = 2) -> bool:
+    """Return whether it is a tensor that is no counter, or holds one not far inside."""
+    if isinstance(value, Tensor):
+        return value.ndim > 0
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return depth > 0 and any(_holds_weights(part, depth - 1) for part in islice(parts, _LOOKED_AT))
+
+
 def copies_of(tree: Mapping[Any, Any]) -> list[Copy]:
     """Return the copies of a DiT in a file, the one to use first; none where there is no DiT.
 
-    Averaged weights count before the last ones, whatever they are called; among equals the shorter name, then the order in
-    the file.
+    Averaged weights count before the last ones, whatever they are called, and the longer average before others; among equals
+    the shorter name, then the order in the file.
     """
     found = _walk(tree)
     named = {plain_name(name): (value, where) for name, value, where in found if isinstance(value, Tensor)}
@@ -94,11 +116,12 @@ def copies_of(tree: Mapping[Any, Any]) -> list[Copy]:
 
 
 def unread_averages(tree: Mapping[Any, Any]) -> str | None:
-    """Return the name of something that is called an average and holds tensors, in a form that is no copy of the network."""
+    """Return the name of something that is called an average and holds tensors, but is no one copy of the network, and why."""
     for name, value, _ in _walk(tree):
-        held = value[0] if isinstance(value, (list, tuple)) and value else value
-        if isinstance(held, Tensor) and held.ndim and _is_averaged(name) and not _words(name) & _OF_TRAINING:
-            return name.split(".")[0]
+        if _holds_weights(value) and _is_averaged(name) and not _words(name) & _OF_TRAINING:
+            several = len(_holders(value))
+            why = f"a list of {several}: to use one, save it in a file of its own" if several else "whose form is unknown"
+            return f"'{name.split('.')[0]}', {why}"
     return None
 
 
@@ -120,10 +143,11 @@ def _is_averaged(place: str) -> bool:
     return any(_AVERAGED.fullmatch(word) for word in _words(place))
 
 
-def _rank(copy: Copy) -> tuple[bool, bool, int, int]:
+def _rank(copy: Copy) -> tuple[bool, bool, int, float, int]:
     words = _words(copy.name)
     known = next((i for i, word in enumerate(_PREFERRED) if word in words), len(_PREFERRED)) if words else 0
-    return not copy.averaged, bool(words & _OF_OTHERS), known if not copy.averaged else 0, len(copy.name)
+    decay = max(map(float, _DECAY.findall(copy.name)), default=0.0) if copy.averaged else 0.0
+    return not copy.averaged, bool(words & _OF_OTHERS), known if not copy.averaged else 0, -decay, len(copy.name)
 
 
 def _averages_without_names(found: Sequence[tuple[str, Any, str]], original: Copy) -> list[Copy]:

@@ -23,7 +23,7 @@ _BRACKETS = (
 )
 _NUMBER = re.compile(r"(?:class(?:es)?|labels?|index)?[\s:_#]*(\d+)", re.IGNORECASE)
 _NUMBERED_NAME = re.compile(r"(\d+)(?:\s*:\s*|\s+-\s+|\s+)(.+)")
-_WORDNET = re.compile(r"(n\d{8})(?:[\s_:].*)?", re.IGNORECASE)
+_WORDNET = re.compile(r"(n\d{8})(?:[\s_:]+(.*))?", re.IGNORECASE)
 
 
 def _lines(file: str) -> tuple[str, ...]:
@@ -61,7 +61,7 @@ def parse_labels(text: str) -> list[int]:
     """Return class indices of a list of numbers, names and WordNet ids, in any of the ways lists are written.
 
     Entries are separated by commas, semicolons or lines, and may be in brackets and quotes. A class with its synonyms, such as
-    an entry of the node's own list, is one entry in spite of its commas.
+    an entry of the node's own list, is one entry in spite of its commas; so is a number or id with the names of its class.
 
     Raises:
         ValueError: a name that is not there or means several classes; the message names those that come close.
@@ -109,10 +109,11 @@ def _first(entries: Sequence[str]) -> tuple[int, int]:
     entry = entries[0]
     number, numbered, wordnet = _NUMBER.fullmatch(entry), _NUMBERED_NAME.fullmatch(entry), _WORDNET.fullmatch(entry)
     if number:
-        return _checked(number[1]), 1
+        index = _checked(number[1])
+        return index, 1 + _spelled(index, entries[1:])
     if numbered:
         index = _checked(numbered[1])
-        same = 0 <= index < len(imagenet_names()) and _spelled(index, [numbered[2], *entries[1:]])
+        same = _spelled(index, [numbered[2], *entries[1:]])
         if same or ":" in entry:  # the names of other classes than ImageNet's are not known
             return index, same or 1
     if wordnet:
@@ -121,7 +122,8 @@ def _first(entries: Sequence[str]) -> tuple[int, int]:
                 f"labels has '{entry}', which is the WordNet id of none of ImageNet's {len(imagenet_ids())} classes. Write the "
                 "class number."
             )
-        return found, 1
+        names = [wordnet[2], *entries[1:]] if wordnet[2] else entries[1:]
+        return found, max(1, _spelled(found, names) + (not wordnet[2]))
     spelled = {index: used for index in range(len(imagenet_names())) if (used := _spelled(index, entries)) > 1}
     if spelled:
         index = max(spelled, key=lambda index: spelled[index])
@@ -138,16 +140,22 @@ def _checked(digits: str) -> int:
 def _spelled(index: int, entries: Sequence[str]) -> int:
     """Return how many of the first entries are the names of a class, in their order and from the first on."""
     used = 0
-    for entry, name in zip(map(_plain, entries), _plain_synonyms()[index], strict=False):
-        if entry != name:
+    names = _plain_synonyms()[index] if index < len(imagenet_names()) else ()
+    for entry, name in zip(map(_plain, entries), names, strict=False):
+        if entry not in (name, _without_note(name)):
             break
         used += 1
     return used
 
 
 def _plain(name: str) -> str:
-    """Return a name as it is compared: without case, hyphens, underscores, double spaces and a last dot."""
-    return re.sub(r"[\s_-]+", " ", name).strip(" .").lower()
+    """Return a name as it is compared: without case, hyphens, underscores, double spaces, quotes around it and a last dot."""
+    return re.sub(r"[\s_-]+", " ", name.strip(_BRACKETS)).strip(" .").lower()
+
+
+def _without_note(name: str) -> str:
+    """Return "crane" of "crane (bird)"."""
+    return re.sub(r" \(.*", "", name)
 
 
 def _named(entry: str) -> int:
@@ -184,7 +192,7 @@ def _of_name(name: str) -> list[int]:
     """
     plain = _plain(name)
     firsts = [i for i, own in enumerate(_synonyms()) if own[0] == name]
-    firsts = firsts or [i for i, own in enumerate(_plain_synonyms()) if re.sub(r" \(.*", "", own[0]) == plain or own[0] == plain]
+    firsts = firsts or [i for i, own in enumerate(_plain_synonyms()) if plain in (own[0], _without_note(own[0]))]
     return firsts or [i for i, own in enumerate(_plain_synonyms()) if plain in own]
 
 

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from ..host import cond_or_uncond
 from .blends import NULL, from_rows
-from .checkpoint import DIFFUSERS_MARK, FROM_IMAGE_MARK, NO_NULL_MARK, VELOCITY_MARK
+from .checkpoint import (
+    DIFFUSERS_MARK,
+    EPSILON_MARK,
+    FROM_IMAGE_MARK,
+    HEADS_MARK,
+    NO_NULL_MARK,
+    NULL_MARK,
+    VELOCITY_MARK,
+)
 from .labels import LABELS, listed
 from .network import DiT, TransformerOptions
 from .variance import VARIANCE, VarianceOfStep
@@ -104,6 +112,11 @@ class DiTModel(comfy.model_base.HunyuanDiT):
         if kwargs.get("control") is not None:
             raise ValueError("There is no ControlNet for a DiT: remove it from the conditioning.")
         self._check_sampling()
+        if kwargs["noise"].ndim != 4:
+            raise ValueError(
+                f"This DiT makes images, and the latent has {kwargs['noise'].ndim} dimensions instead of 4 (it is of video or "
+                "sound): connect Empty Latent Image to the sampler."
+            )
         classes, weights = self._labels(kwargs.get(LABELS), kwargs.get("cross_attn"), kwargs["noise"])
         conds: dict[str, Any] = {"y": comfy.conds.CONDRegular(classes)}
         if weights is not None:
@@ -224,13 +237,17 @@ class DiTConfig(comfy.supported_models_base.BASE):
         return kinds.FLOW if self.unet_config["prediction"] == "velocity" else kinds.EPS
 
     def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        velocity, null = self.unet_config["prediction"] == "velocity", self.unet_config.get("null_class", True)
         marks = {
             DIFFUSERS_MARK: self.unet_config.get("frequency_shift", 0) == 1,
-            VELOCITY_MARK: self.unet_config["prediction"] == "velocity",
             FROM_IMAGE_MARK: self.unet_config["from_image"],
-            NO_NULL_MARK: not self.unet_config.get("null_class", True),
+            VELOCITY_MARK: velocity,
+            EPSILON_MARK: not velocity,
+            NULL_MARK: null,
+            NO_NULL_MARK: not null,
         }
-        marked = {**state_dict, **{mark: torch.zeros(0) for mark, holds in marks.items() if holds}}
+        heads = {HEADS_MARK: torch.zeros(self.unet_config["heads"], 0)}
+        marked = {**state_dict, **heads, **{mark: torch.zeros(0) for mark, holds in marks.items() if holds}}
         return super().process_unet_state_dict_for_saving(marked)
 
     def get_model(self, state_dict: Any, prefix: str = "", device: Any = None) -> DiTModel:

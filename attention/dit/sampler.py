@@ -48,10 +48,12 @@ def sample_ddpm(
     Latents are in sigma units, x_t * sqrt(1 + sigma^2), (B, C, H, W).
 
     Raises:
-        ValueError: the model has no learned variance, or another node hides it.
+        ValueError: the model has no learned variance, or another node hides it; or sigmas rise.
     """
     extra_args = extra_args or {}
     _check_learns_variance(model.inner_model.inner_model)
+    sigmas = torch.unique_consecutive(sigmas)  # a step between equal sigmas changes nothing, and its log variance is infinite
+    _check_falling(sigmas)
     noise_sampler = noise_sampler or host.default_noise_sampler(x, seed=extra_args.get("seed"))
     options = extra_args.get("model_options", {})
     ones = x.new_ones([x.shape[0]])
@@ -87,6 +89,16 @@ def _check_learns_variance(model: Any) -> None:
         )
     if not network.learns_variance:
         raise ValueError("This DiT was trained without a learned variance. Use ComfyUI's ddpm sampler, or ddim.")
+
+
+def _check_falling(sigmas: Tensor) -> None:
+    rises = (sigmas[1:] > sigmas[:-1]).nonzero().flatten().tolist()
+    if rises:
+        low, high = sigmas[rises[0]], sigmas[rises[0] + 1]
+        raise ValueError(
+            f"DiT's ddpm sampler goes from noise to image, and these sigmas rise from {low:.4g} to {high:.4g}. Remove the node "
+            "that turns them around (FlipSigmas), or use ddim."
+        )
 
 
 def dit_sampler() -> Any:

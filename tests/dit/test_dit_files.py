@@ -92,6 +92,28 @@ def test_averages_without_the_networks_names(read: Load, network: Any, weights: 
     assert not holds(unread, network) and "not its averaged weights 'ema'" in unread.summary
 
 
+@pytest.mark.parametrize(
+    "averages",
+    [
+        lambda ema, other: {"ema": (ema, 0.9999)},
+        lambda ema, other: {"emas": [{"decay": 0.9999, "module": ema}, {"decay": 0.99}]},
+        lambda ema, other: {"ema_0.99": other, "ema_0.9999": ema},
+        lambda ema, other: {"ema": {"0.99": other, "0.9999": ema}},
+    ],
+    ids=["tuple", "list", "two names", "two decays"],
+)
+def test_the_one_or_the_longest_average_counts(
+    read: Load, network: Any, weights: Weights, raw: Weights, averages: Callable[[Weights, Weights], dict[str, Any]]
+) -> None:
+    assert holds(read("x.pt", {"model": raw, **averages(weights, raw)}), network)
+
+
+def test_averages_of_which_none_is_the_one_are_named(read: Load, network: Any, weights: Weights, raw: Weights) -> None:
+    file = read("x.pt", {"model": weights, "emas": [raw, raw]})
+    assert holds(file, network)
+    assert "but not its averaged weights 'emas', a list of 2: to use one, save it in a file of its own" in file.summary
+
+
 def test_the_log_says_which_copy_was_taken(
     tmp_path: Path, weights: Weights, raw: Weights, caplog: pytest.LogCaptureFixture
 ) -> None:

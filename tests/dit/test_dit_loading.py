@@ -240,6 +240,8 @@ def changed(**edits: torch.Tensor | None) -> dict[str, torch.Tensor]:
     ("edits", "message"),
     [
         ({"blocks.2.mlp.fc1.weight": None}, r"incomplete: blocks\.2\.mlp\.fc1\.weight missing"),
+        ({"blocks.0.adaLN_modulation.1.weight": None}, r"incomplete: blocks\.0\.adaLN_modulation\.1\.weight missing"),
+        (dict.fromkeys(name for name in bare(tiny()) if name.startswith("blocks.0.")), r"incomplete: blocks\.0\..* and 9 more"),
         ({"blocks.0.attn.q_norm.weight": torch.ones(64)}, r"it also has blocks\.0\.attn\.q_norm\.weight"),
         ({"heads.0.weight": torch.ones(4, 4)}, r"it also has heads\.0\.weight"),
         ({"blocks.1.attn.qkv.weight": torch.ones(128, 128)}, r"blocks\.1\.attn\.qkv\.weight in another shape"),
@@ -321,6 +323,28 @@ def test_saving_the_model_gives_a_file_that_loads(path: str, tmp_path: Path, lay
     config, network = model.model.model_config, model.model.diffusion_model
     saved = write(tmp_path / "saved.safetensors", config.process_unet_state_dict_for_saving(network.state_dict()))
     assert torch.equal(sample(load_dit(saved)), sample(model))
+
+
+@pytest.mark.parametrize(
+    ("classes", "said", "prediction"),
+    [
+        (1000, {"num_attention_heads": "4"}, "auto"),
+        (999, {"num_classes": "999"}, "auto"),
+        (1000, {"num_classes": "1000"}, "epsilon"),
+    ],
+    ids=["heads", "null class", "epsilon"],
+)
+def test_comfyuis_own_save_node_keeps_what_the_weights_do_not_say(
+    tmp_path: Path, classes: int, said: dict[str, str], prediction: str
+) -> None:
+    from comfy_extras.nodes_model_merging import save_checkpoint
+
+    save_file(bare(tiny(depth=1, classes=classes)), tmp_path / "x.safetensors", metadata=said)
+    model = load_dit(str(tmp_path / "x.safetensors"), prediction)
+    save_checkpoint(model, filename_prefix="SiT", output_dir=str(tmp_path / "saved"))
+    again = load_dit(str(next((tmp_path / "saved").iterdir())))
+    assert again.model.model_config.unet_config == model.model.model_config.unet_config
+    assert torch.equal(sample(again), sample(model))
 
 
 def test_the_hosts_own_loading_is_untouched(path: str, pack: Any) -> None:

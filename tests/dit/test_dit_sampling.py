@@ -157,6 +157,16 @@ def test_one_step_between_the_smallest_and_the_largest_variance() -> None:
     assert torch.equal(dit_sampling.ddpm_step(x + 2, x + 3, x, torch.tensor(0.5), torch.tensor(1.0), None), x + 3)
 
 
+@pytest.mark.parametrize("repeated", [[14.0, 5.0, 5.0, 1.0, 0.0], [14.0, 14.0, 5.0, 5.0, 5.0, 1.0, 0.0, 0.0]], ids=str)
+def test_a_step_between_equal_sigmas_changes_nothing(load: Callable[..., Any], repeated: list[float]) -> None:
+    model, (noise,), sampler = load(), randn(batch=1), dit_sampling.dit_sampler()
+    result, expected = (
+        sample_custom(model, sampler, torch.tensor(sigmas), noise, labels(1), labels(-1), 2.0)
+        for sigmas in (repeated, [14.0, 5.0, 1.0, 0.0])
+    )
+    assert torch.equal(result, expected) and torch.isfinite(result).all()
+
+
 @pytest.mark.parametrize("together", [True, False], ids=["one call", "separate calls"])
 def test_the_variance_is_the_positive_classs(load: Callable[..., Any], network: Any, together: bool) -> None:
     model, (noise, *noises) = load(), randn(5)
@@ -250,6 +260,19 @@ def test_ddpm_says_where_it_does_not_apply(load: Callable[..., Any], folder: Pat
             sample_custom(model, dit_sampling.dit_sampler(), torch.tensor([10.0, 0.0]), noise, *conds, 2.0)
 
 
+def test_ddpm_refuses_sigmas_that_rise(load: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"sigmas rise from 1 to 5\. Remove .*FlipSigmas"):
+        sample_custom(
+            load(),
+            dit_sampling.dit_sampler(),
+            torch.tensor([1.0, 5.0, 14.0]),
+            randn(batch=1)[0],
+            labels(1),
+            labels(-1),
+            2.0,
+        )
+
+
 def test_ddpm_refuses_labels_for_parts_of_the_image(load: Callable[..., Any]) -> None:
     corner = [[labels(3)[0][0], {**labels(3)[0][1], "area": (4, 4, 0, 0), "strength": 1.0}]]
     with pytest.raises(ValueError, match="one variance for the whole image"):
@@ -283,6 +306,12 @@ def test_labels_that_do_not_fit_are_errors_before_sampling(load: Callable[..., A
     with pytest.raises(ValueError, match="takes a class"):
         sample(model, labels(1), text(), callback=lambda step, *_: steps.append(step))
     assert steps == []
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 1, 8, 8), (1, 4, 8)], ids=["video", "sound"])
+def test_latents_of_no_image_are_errors_before_sampling(load: Callable[..., Any], shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=f"the latent has {len(shape)} dimensions.*connect Empty Latent Image"):
+        sample(load(), labels(1), start=torch.zeros(shape))
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

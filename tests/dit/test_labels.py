@@ -58,6 +58,12 @@ def model(path: str) -> Any:
         ("n02099601 golden retriever", [207]),
         ("penguin", [145]),
         ("crane (bird)", [134]),
+        ("{0: 'tench, Tinca tinca', 1: \"goldfish, Carassius auratus\"}", [0, 1]),
+        ("n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus", [0, 1]),
+        ("n02123045,tabby,tabby cat\nn02123159_tiger_cat", [281, 282]),
+        ('207,"golden retriever"\n517,crane\n638,"maillot"', [207, 517, 638]),
+        ("n02123045, n02123045: my cat, 207, 207, tench, tench", [281, 281, 207, 207, 0, 0]),
+        ("1234, tench", [1234, 0]),
     ],
     ids=str,
 )
