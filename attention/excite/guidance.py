@@ -77,7 +77,8 @@ class Guidance:
     def tell(self, text: host.NodeText) -> None:
         """Log what was done, and show it on a node, at the end of a run."""
         if self._run is not None:
-            text.tell(self._run.summary())
+            notes = dict.fromkeys(prompt.note for prompt in self._prompts if prompt is not None and prompt.note)
+            text.tell("; ".join([self._run.summary(), *notes]))
 
 
 def is_guided(settings: ExciteSettings, sampler: Any, sigmas: Tensor) -> bool:

@@ -26,10 +26,12 @@ class GuidedPrompt:
 
     Attributes:
         columns: the text tokens that compete for a place, in order; it has every subject's positions.
+        note: what the user should know of this prompt.
     """
 
     subjects: tuple[Subject, ...]
     columns: tuple[int, ...]
+    note: str = ""
 
 
 _ARTICLES = {"a", "an", "the"}
@@ -63,7 +65,8 @@ def guided_prompts(conditioning: Sequence[Any], subjects: str, clip: Any = None,
             f"brackets in 'Prompt with Subjects'. {_words_of(infos)}"
         )
     return [
-        GuidedPrompt(tuple(some), _columns(info.tokens, some)) if some else None for info, some in zip(infos, chosen, strict=True)
+        GuidedPrompt(tuple(some), _columns(info.tokens, some), info.note) if some else None
+        for info, some in zip(infos, chosen, strict=True)
     ]
 
 

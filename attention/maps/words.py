@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..prompts import FINGERPRINT, METADATA, PromptInfo, TokenMap, parse_word_list, prompt_infos
+from ..prompts import FINGERPRINT, METADATA, PromptInfo, TokenMap, UnknownEncoder, parse_word_list, prompt_infos
 from ..prompts.syntax import EMBEDDING, atoms, joined_words, key
 from .attn_maps import AttnMaps
 from .recording import PromptMaps
@@ -57,11 +57,12 @@ def read_prompt(maps: AttnMaps, prompt: str, clip: Any, text: str) -> list[Promp
     try:
         infos = prompt_infos([_known(entry) for entry in entries], clip, text)
     except ValueError as error:
-        if clip is not None and not text.strip():
+        has_clip = clip is not None and not isinstance(error, UnknownEncoder)  # else no text helps
+        if has_clip and not text.strip():
             raise ValueError(
                 f"'clip' is connected but 'text' is empty: write the {prompt} prompt there, exactly as it was encoded."
             ) from error
-        typed = " Write the prompt exactly as it was sampled." if clip is not None else ""
+        typed = " Write the prompt exactly as it was sampled." if has_clip else ""
         raise ValueError(f"The words of the {prompt} prompt cannot be read. {error}{typed}") from error
     for entry, info in zip(entries, infos, strict=True):
         rows = 0 if METADATA in _known(entry) or entry.fingerprint else entry.rows

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from .encoder_rows import UnknownEncoder
-from .fingerprint import encoded_fingerprint, read_fingerprint, row_sketches, same_rows
+from .fingerprint import encoded_fingerprint, read_fingerprint, row_sketches, same_for_all_images, same_rows
 from .joined import JoinedPrompts, KnownPrompt, recent_prompts, remember
+from .row_changes import Change, change_of, word_rows
 from .syntax import Span
 from .token_map import Token, TokenMap, WordTokens
 from .tokenizing import tokenize
@@ -21,15 +22,17 @@ __all__ = ["FINGERPRINT", "METADATA", "PromptInfo", "encoded_fingerprint", "know
 METADATA = "fovea"
 FINGERPRINT = "fovea_fingerprint"  # of an entry whose tensor is gone: ``encoded_fingerprint`` of it
 _VERSION = 1
+_CHANGED = "changed"  # true in metadata whose words are no longer what was encoded alone
 
 
 @dataclass(frozen=True)
 class PromptInfo:
-    """What is known of one entry of a CONDITIONING."""
+    """What is known of one entry of a CONDITIONING; ``note``: what its user should know."""
 
     tokens: TokenMap
     subjects: list[WordTokens] = field(default_factory=list)
     length: int = 0  # rows of the conditioning now; more than the map's where a node joined something behind it
+    note: str = ""
 
 
 def metadata(
@@ -39,7 +42,7 @@ def metadata(
     """Return plain data for the dict of a conditioning of that many rows, under the key ``METADATA``.
 
     Args:
-        rows: the conditioning, by which the prompt is found again where a node joins it behind another one.
+        rows: the conditioning, by which the prompt is found again where a node joins it behind another one, and known as changed.
         read: what makes the tokens of ``clip`` and ``text``.
     """
     info: dict[str, Any] = {"version": _VERSION, "text": text, "subjects": [list(span) for span in subjects]}
@@ -56,16 +59,18 @@ def metadata(
         tokens.within(span)  # a subject that has no tokens is the user's to know now
     if rows is not None:
         remember(KnownPrompt(tokens, list(subjects), row_sketches(rows)))
+        info["encoded"] = word_rows(rows, tokens)
     return {**info, **_plain(tokens)}
 
 
 def known_metadata(entry: Any) -> dict[str, Any] | None:
     """Return what ``METADATA`` of an entry should say of all prompts that were joined in it; None where nothing is known.
 
-    For recordings, in which the tensor is left out: a prompt that a node joined behind another one is found by its rows only.
+    For recordings, in which the tensor is left out: a prompt that a node joined behind another one is found by its rows only,
+    and so is what another node has changed.
     """
     tensor, options = _taken_apart(entry)
-    stored = options.get(METADATA)
+    stored = _compared(tensor, options)
     if tensor is None or (stored is not None and ("error" in stored or stored["conditioning_length"] == tensor.shape[1])):
         return stored
     found = _joined(row_sketches(tensor), stored, [])
@@ -73,7 +78,7 @@ def known_metadata(entry: Any) -> dict[str, Any] | None:
         return stored
     return {
         "version": _VERSION, "text": found.tokens.text, "subjects": [list(span) for span in found.subjects],
-        **_plain(found.tokens),
+        **_plain(found.tokens), **({_CHANGED: stored[_CHANGED]} if stored and _CHANGED in stored else {}),
     }  # fmt: skip
 
 
@@ -113,7 +118,7 @@ def _taken_apart(entry: Any) -> tuple[Tensor | None, dict[str, Any]]:
 
 def _entry_info(entry: Any, typed: Sequence[TypedPrompt]) -> PromptInfo:
     tensor, options = _taken_apart(entry)
-    stored = options.get(METADATA)
+    stored = _compared(tensor, options)
     if stored is None and not typed and tensor is None and FINGERPRINT not in options:
         raise ValueError(_NOTHING_KNOWN)
     encoded = row_sketches(tensor) if tensor is not None else read_fingerprint(options.get(FINGERPRINT, ""))
@@ -122,7 +127,7 @@ def _entry_info(entry: Any, typed: Sequence[TypedPrompt]) -> PromptInfo:
             prompt.used = True
         return PromptInfo(TokenMap("", (), len(encoded), len(encoded)), [], len(encoded))
     if stored is not None:
-        return _stored_info(stored, encoded, typed)
+        return replace(_stored_info(stored, encoded, typed), note=_MIXED if stored.get(_CHANGED) else "")
     if encoded is None:
         return _believed(typed)
     for prompt in typed:
@@ -138,6 +143,36 @@ _NOTHING_KNOWN = (
     "Nothing is known of this prompt's words. Encode it with 'Prompt with Subjects', or connect 'clip' and write the "
     "same prompt in 'text'."
 )
+
+
+_EACH_IMAGE = (
+    "This conditioning holds a different prompt for each image of the batch, as batch schedules of prompts make them, so its "
+    "words are not at the same places for all of them. Use one conditioning for each image, and sample the images one by one."
+)
+_REPLACED = (
+    "Another node has replaced the prompt after it was encoded, so its words are no longer there. Connect the prompt without "
+    "that node; in 'Conditioning (Average)', connect the prompt whose words you want to 'conditioning_to' and raise its strength."
+)
+_MIXED = (
+    "another node changed the prompt after it was encoded: if it mixed in another one, as 'Conditioning (Average)' does, the "
+    "words and their tokens are those of 'conditioning_to'"
+)
+
+
+def _compared(tensor: Tensor | None, options: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the entry's metadata, with what became of its words where the rows are not, or not only, what was encoded."""
+    stored: dict[str, Any] | None = options.get(METADATA)
+    if tensor is None:
+        return stored
+    if not same_for_all_images(tensor):
+        return {"version": _VERSION, "text": "", "subjects": [], "error": _EACH_IMAGE}
+    # Rows of a later part of a schedule of LoRAs were encoded by another state of the encoder than those in the metadata.
+    if stored is None or "encoded" not in stored or options.get("clip_start_percent"):
+        return stored
+    change = change_of(stored["encoded"], tensor)
+    if change is Change.REPLACED:
+        return {name: stored[name] for name in ("version", "text", "subjects")} | {"error": _REPLACED}
+    return {**stored, _CHANGED: True} if change is Change.MIXED else stored
 
 
 def _stored_info(stored: dict[str, Any], encoded: Tensor | None, typed: Sequence[TypedPrompt]) -> PromptInfo:

@@ -18,45 +18,53 @@ _ANGLES = 8
 _STEPS = 24.0  # of one unit; a sketch of random rows has a spread of 1
 _TOLERANCE = 0.12  # root mean square over the angles
 _VERSION = "1"
+_ROUNDING = 0.01  # of a row's length, between images that were encoded one by one or together
 
 
-def encoded_fingerprint(rows: Tensor) -> str:
+def encoded_fingerprint(rows: Tensor, angles: int = _ANGLES) -> str:
     """Return what is known again of the rows of a conditioning, as text of about 11 characters a row.
 
     Args:
         rows: a conditioning tensor (1, rows, ...) on any device, of any dtype.
+        angles: more of them tell rows apart more finely, and make the text longer.
     """
-    sketch = (row_sketches(rows) * _STEPS).round().to(torch.int8)
+    sketch = (row_sketches(rows, angles) * _STEPS).round().to(torch.int8)
     return f"{_VERSION}:{base64.b64encode(sketch.numpy().tobytes()).decode()}"
 
 
-def read_fingerprint(fingerprint: str) -> Tensor | None:
+def read_fingerprint(fingerprint: str, angles: int = _ANGLES) -> Tensor | None:
     """Return the sketches that a fingerprint was made of, (rows, angles); None where it is of a kind not known here."""
     version, _, coded = fingerprint.partition(":")
     try:
         steps = bytearray(base64.b64decode(coded, validate=True))
     except ValueError:
         return None
-    if version != _VERSION or not steps or len(steps) % _ANGLES:
+    if version != _VERSION or not steps or len(steps) % angles:
         return None
-    return torch.frombuffer(steps, dtype=torch.int8).view(-1, _ANGLES).float() / _STEPS
+    return torch.frombuffer(steps, dtype=torch.int8).view(-1, angles).float() / _STEPS
 
 
-def row_sketches(rows: Tensor) -> Tensor:
+def row_sketches(rows: Tensor, angles: int = _ANGLES) -> Tensor:
     """Return (rows, angles), each value in steps of a 24th and at most 5; a row of zeros has zeros."""
     flat = rows.detach()[0].float().cpu().flatten(1)
     norms = flat.norm(dim=1, keepdim=True)
     directions = flat / norms.clamp(min=torch.finfo(torch.float32).tiny)
-    seen = (directions @ _angles(flat.shape[1])).nan_to_num(0.0, 0.0, 0.0).clamp(-5, 5)
+    seen = (directions @ _angles(flat.shape[1], angles)).nan_to_num(0.0, 0.0, 0.0).clamp(-5, 5)
     return (seen * _STEPS).round() / _STEPS
 
 
 @lru_cache(maxsize=8)
-def _angles(features: int) -> Tensor:
+def _angles(features: int, angles: int) -> Tensor:
     """Return (features, angles): fixed directions of length sqrt(features), without any random generator."""
-    index = torch.arange(1, features * _ANGLES + 1, dtype=torch.float64).view(features, _ANGLES)
+    index = torch.arange(1, features * angles + 1, dtype=torch.float64).view(features, angles)
     scattered = (index * (math.sqrt(5) - 1) / 2).frac() * 2 * math.pi * index.sqrt()
     return (math.sqrt(2) * scattered.sin()).float()
+
+
+def same_for_all_images(rows: Tensor) -> bool:
+    """Return whether a conditioning (batch, rows, ...) has the same rows for each image of a batch, but for rounding."""
+    flat = rows.detach().float().flatten(2)
+    return len(flat) < 2 or bool(((flat - flat[:1]).norm(dim=2) <= _ROUNDING * flat[:1].norm(dim=2)).all())
 
 
 def same_rows(one: Tensor, other: Tensor) -> bool:

@@ -6,6 +6,7 @@ import pytest
 import tiny_text
 import torch
 from host_inprocess import host_node
+from scenes import evaluate
 
 import nodes
 
@@ -120,3 +121,33 @@ def test_a_zeroed_prompt_has_no_words(found, prompt):
     for subjects, said in (("", "zeroed out"), ("cat", "no words"), ("2", "zeroed out")):
         with pytest.raises(ValueError, match=said):
             found(zeroed, subjects)
+
+
+def test_a_prompt_that_another_node_changed_is_noted_or_refused(node_classes, found, caplog):
+    model, clip, _ = evaluate.load()
+    with torch.inference_mode():
+        one, other, negative = (
+            node_classes["FoveaPrompt"].execute(clip, text)[0] for text in ("a [green star]", "a red [circle]", "")
+        )
+        guided = node_classes["FoveaAttendExcite"].execute(model, thresholds="", guide_until=1.0)[0]
+    average = nodes.ConditioningAverage().addWeighted
+    k_sampler = host_node("KSampler")
+
+    def sample(positive):
+        caplog.clear()
+        with torch.inference_mode(), caplog.at_level("INFO", logger="fovea"):
+            k_sampler(guided, 1, 1, 4.0, "euler", "normal", positive, negative, {"samples": torch.zeros(2, 3, 16, 16)})
+        return caplog.text
+
+    for strength, noted in ((1.0, False), (0.6, True), (0.3, True)):
+        said = sample(average(one, other, strength)[0])
+        assert "Attend-and-Excite: 1 guided steps" in said and ("another node changed the prompt" in said) == noted
+    each_image = [[torch.cat([one[0][0], other[0][0]]), one[0][1]]]
+    for changed, said in ((average(one, other, 0.0)[0], "replaced the prompt"), (each_image, "different prompt for each image")):
+        with pytest.raises(ValueError, match=f"Attend-and-Excite.*{said}"):
+            sample(changed)
+        with pytest.raises(ValueError, match=said):
+            node_classes["AttendExciteGuider"].execute(model, changed, negative)
+        assert found(changed, "2+3") == [[("token 2+token 3", (2, 3))]]  # places that were named need no words
+    same = [[torch.cat([one[0][0], one[0][0]]), one[0][1]]]
+    assert "another node" not in sample(same)

@@ -13,6 +13,8 @@ import tiny_text
 import torch
 from scenes import evaluate
 
+import nodes
+
 pytestmark = pytest.mark.newest
 
 PROMPT = "a [red circle] and a [blue square]"
@@ -229,3 +231,37 @@ def test_padding_of_a_video_prompt_costs_neither_steps_nor_half_of_the_grid(pack
         run.memory.fit(lambda: run.memory.projected_bytes(run.clock.steps - len(run.seen_steps)))
     assert stored == 47 and run.memory.keeps_steps and not run.notes
     assert {track.finest for track in run.tracks.values()} == {(5, 15, 26)}
+
+
+# --- prompts that another node has changed --------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_another_node_changed_is_noted_or_named(node_classes: dict[str, type], preview: Any, loaded: Any) -> None:
+    model, clip, vae = loaded
+    marked = node_classes["FoveaPrompt"].execute
+    one, other, negative = (marked(clip, each).args[0] for each in ("a green star", PROMPT, ""))
+    average = nodes.ConditioningAverage().addWeighted
+
+    @torch.inference_mode()
+    def maps_of(positive: Any) -> tuple[Any, torch.Tensor]:
+        watched, maps = node_classes["AttnMapCapture"].execute(model).args
+        start = torch.zeros(2, 3, 8, 8)
+        noise = comfy.sample.prepare_noise(start, 1)
+        latent = comfy.sample.sample(
+            watched, noise, 2, 4.0, "euler", "normal", positive, negative, start, seed=1, disable_pbar=True
+        )
+        return maps, vae.decode(latent)
+
+    for strength, noted in ((1.0, False), (0.5, True)):
+        maps, images = maps_of(average(one, other, strength)[0])
+        for each in (maps, type(maps).from_state_dict(*maps.state_dict())):
+            notes = report_of(preview(each, images, words="green"))["notes"]
+            assert any("'conditioning_to'" in note for note in notes) == noted
+    each_image = [[torch.cat([one[0][0], other[0][0]]), one[0][1]]]
+    for changed, said in ((average(one, other, 0.0)[0], "replaced the prompt"), (each_image, "different prompt for each image")):
+        maps, images = maps_of(changed)
+        for each in (maps, type(maps).from_state_dict(*maps.state_dict())):
+            for typed in ({}, {"clip": clip, "text": "a green star"}):
+                with pytest.raises(ValueError, match=f"words of the positive prompt cannot be read.*{said}") as refusal:
+                    preview(each, images, words="green", **typed)
+                assert "exactly as it was sampled" not in str(refusal.value)
