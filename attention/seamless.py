@@ -66,9 +66,10 @@ def encode_seamless(vae: Any, images: Tensor, axis: str = "both") -> Tensor:
     """Return the latent (batch, channels, height, width) of images (batch, height, width, 3) that repeat without a seam.
 
     Raises:
-        ValueError: sides that the VAE would crop, which would cut a piece out of the pattern; a VAE for video.
+        ValueError: sides that the VAE would crop, which would cut a piece out of the pattern; a VAE for video; no image.
     """
     unit = int(vae.spacial_compression_encode())
+    images = host.colour_images(images, "pixels", unit)
     edges = Edges.of_axis(axis)
     for name, side, joined in (("height", images.shape[1], edges.top_bottom), ("width", images.shape[2], edges.left_right)):
         if joined and side % unit:
@@ -78,7 +79,7 @@ def encode_seamless(vae: Any, images: Tensor, axis: str = "both") -> Tensor:
             )
     top, left = _margins(axis, VAE_REACH)
     height, width = (side // unit for side in images.shape[1:3])
-    surrounded = _surrounded(images[..., :3].movedim(-1, 1), top * unit, left * unit).movedim(1, -1)
+    surrounded = _surrounded(images.movedim(-1, 1), top * unit, left * unit).movedim(1, -1)
     latent = vae.encode(surrounded)
     if latent.ndim != 4:
         raise ValueError("vae is one for video, whose latents do not repeat. Use the VAE of an SD1.5, SD2 or SDXL checkpoint.")

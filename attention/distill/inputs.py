@@ -109,10 +109,9 @@ def reference_latents(model: Any, references: References, vae: Any) -> list[tupl
 
 def _encoded(image: Tensor, vae: Any, name: str, model: Any) -> Tensor:
     """Return the latents of images, in the dimensions of the model's own."""
-    if image.ndim != 4 or not image.numel():
-        raise ValueError(f"{name} is an image of shape {tuple(image.shape)}: use (images, height, width, channels).")
     channels, dimensions = host.latent_channels(model)
-    encoded: Tensor = with_dimensions(vae.encode(image[..., :3]), dimensions)
+    colours = host.colour_images(image, name, host.pixels_per_latent(model))
+    encoded: Tensor = with_dimensions(vae.encode(colours), dimensions)
     if encoded.ndim != dimensions + 2 or encoded.shape[1] != channels:
         raise ValueError(
             f"vae gives latents of shape {tuple(encoded.shape)}, but this model's latents have {channels} channels and "
@@ -137,11 +136,13 @@ def _size(latent: Tensor) -> str:
 
 
 def check_null_prompt(null_prompt: Sequence[Any] | None, guider: Any) -> None:
-    """Raise a ValueError where there is no null prompt, or it comes from another text encoder than the model's."""
+    """Raise a ValueError where there is no null prompt, or it is none of the model's: of another text encoder, or no class."""
     if not null_prompt:
         raise ValueError('null_prompt is empty. Connect the encoding of an empty prompt (CLIP Text Encode with "").')
     context, options = null_prompt[0][0], null_prompt[0][1]
-    pooled = options.get("pooled_output") if isinstance(options, Mapping) else None
+    options = options if isinstance(options, Mapping) else {}
+    _check_null_class(options.get(host.CLASS_LABELS), guider.model_patcher.model)
+    pooled = options.get("pooled_output")
     wanted = host.text_widths(guider)
     for value, name in ((context, "context"), (pooled, "pooled")):
         width = wanted.get(name)
@@ -151,6 +152,22 @@ def check_null_prompt(null_prompt: Sequence[Any] | None, guider: Any) -> None:
                 f"null_prompt has {value.shape[-1]} {what}, but {type(guider.model_patcher.model).__name__} needs {width}: it "
                 'was encoded with the CLIP of another model. Encode "" with the CLIP of the same checkpoint as the prompt.'
             )
+
+
+def _check_null_class(classes: Tensor | None, base_model: Any) -> None:
+    """Raise a ValueError where a DiT, which takes classes, is given a text, or no class and was trained without that."""
+    has_null = getattr(host.diffusion_model(base_model), "null_class", None)
+    if has_null is None or (classes is not None and (has_null or not bool((classes < 0).any()))):
+        return
+    if has_null:
+        raise ValueError(
+            "null_prompt is a text, but this model takes classes. Connect DiT Class Label's second output, null class, to "
+            "null_prompt."
+        )
+    raise ValueError(
+        f"null_prompt is {'a text' if classes is None else 'no class'}, but this model takes classes and was trained without a "
+        "null class. Connect DiT Class Label's first output to null_prompt, with the class of the reference or of the prompt."
+    )
 
 
 def weights_of(text: str, count: int) -> list[float]:

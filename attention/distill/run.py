@@ -80,12 +80,12 @@ class DistillRun:
 
     # Methods
 
-    def after_step(self, x: Tensor, step: int, sigma: float, denoised: Tensor | None) -> Tensor:
-        """Return ``x`` at the sigma where a denoising step has left it, optimised."""
-        reached, sigma = sigma, sigma if host.is_flow(self.base_model) else max(sigma, host.smallest_sigma(self.base_model))
-        scale = self._scale(sigma)
+    def after_step(self, x: Tensor, step: int, left: float, reached: float, denoised: Tensor | None) -> Tensor:
+        """Return ``x`` optimised where a denoising step has brought it, from the sigma ``left`` to ``reached``."""
+        sigma = reached if host.is_flow(self.base_model) else max(reached, host.smallest_sigma(self.base_model))
+        scale, mask = self._scale(sigma), self._mask(left)
         before = x.float()
-        z = _trainable(self._with_colours(before, sigma, 1 / scale) * scale)
+        z = _trainable(self._with_colours(before, sigma, 1 / scale, mask) * scale)
         signal = float(host.noised(self.base_model, torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), reached))
 
         def estimate() -> Tensor | None:
@@ -95,7 +95,7 @@ class DistillRun:
             return denoised + (z / scale - before) / signal
 
         self.progress.tick(before, denoised)
-        self._descend(z, torch.optim.Adam([z], lr=self.job.learning_rate), step, sigma, scale, estimate)
+        self._descend(z, torch.optim.Adam([z], lr=self.job.learning_rate), step, sigma, scale, mask, estimate)
         return (z / scale).to(x.dtype)
 
     def optimise(self, z: Tensor, steps: Sequence[tuple[int, float]]) -> Tensor:
@@ -106,9 +106,9 @@ class DistillRun:
             z.copy_(z * mask + self.known * (1 - mask))
         adam = torch.optim.Adam([z], lr=self.job.learning_rate)
         for step, sigma in steps:
-            scale = self._scale(sigma)
-            z.copy_(self._with_colours(z / scale, sigma, 1 / scale) * scale)
-            self._descend(z, adam, step, sigma, scale, z.clone)
+            scale, mask = self._scale(sigma), self._mask(sigma)
+            z.copy_(self._with_colours(z / scale, sigma, 1 / scale, mask) * scale)
+            self._descend(z, adam, step, sigma, scale, mask, z.clone)
         return z.clone()
 
     def _descend(
@@ -118,10 +118,10 @@ class DistillRun:
         step: int,
         sigma: float,
         scale: float,
+        mask: Tensor | None,
         estimate: Callable[[], Tensor | None],
     ) -> None:
         """Some steps of Adam on ``z``, in place."""
-        mask = self._mask(sigma)
         level = z.new_full((self.batch,), sigma, dtype=torch.float32)
         objectives = self._objectives(sigma, level)
         losses: list[float] = []
@@ -184,12 +184,17 @@ class DistillRun:
         return float(host.input_scale(self.base_model, torch.tensor([sigma])))
 
     def _mask(self, sigma: float) -> Tensor | None:
-        return host.denoise_mask(self.model, self.extra_args, torch.full((self.batch,), sigma, device=self.device))
+        """Return what a step from ``sigma`` may change, never more of a place than the noise mask says.
 
-    def _with_colours(self, x: Tensor, sigma: float, unit: float) -> Tensor:
+        Differential Diffusion ends with steps for the whole image, too small to harm what is black: AdaIN is not.
+        """
+        found = host.denoise_mask(self.model, self.extra_args, torch.full((self.batch,), sigma, device=self.device))
+        return None if found is None else found.minimum(self.extra_args["denoise_mask"])
+
+    def _with_colours(self, x: Tensor, sigma: float, unit: float, mask: Tensor | None) -> Tensor:
         if not self.settings.uses_adain:
             return x
-        references, mask, weights = self.references.at(sigma, Purpose.COLOURS), self._mask(sigma), self.weights_of_pixels
+        references, weights = self.references.at(sigma, Purpose.COLOURS), self.weights_of_pixels
         if not self.job.one_each:
             return adain(x, references, epsilon=1e-6 * unit, mask=mask, weights=weights)
         none: list[None] = [None] * len(x)

@@ -107,7 +107,7 @@ class Distillation:
                     **options,
                 )
             if part < len(ends):
-                x = run.after_step(x, self.steps[part], float(sigmas[end]), last.get("denoised"))
+                x = run.after_step(x, self.steps[part], float(sigmas[end - 1]), float(sigmas[end]), last.get("denoised"))
         return x
 
     def _optimise(

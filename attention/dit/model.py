@@ -20,7 +20,7 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from ..host import cond_or_uncond
+from ..host import CLASS_LABELS, cond_or_uncond
 from .blends import NULL, from_rows
 from .checkpoint import (
     DIFFUSERS_MARK,
@@ -31,7 +31,7 @@ from .checkpoint import (
     NULL_MARK,
     VELOCITY_MARK,
 )
-from .labels import LABELS, listed
+from .labels import listed
 from .network import DiT, TransformerOptions
 from .variance import VARIANCE, VarianceOfStep
 
@@ -117,7 +117,7 @@ class DiTModel(comfy.model_base.HunyuanDiT):
                 f"This DiT makes images, and the latent has {kwargs['noise'].ndim} dimensions instead of 4 (it is of video or "
                 "sound): connect Empty Latent Image to the sampler."
             )
-        classes, weights = self._labels(kwargs.get(LABELS), kwargs.get("cross_attn"), kwargs["noise"])
+        classes, weights = self._labels(kwargs.get(CLASS_LABELS), kwargs.get("cross_attn"), kwargs["noise"])
         conds: dict[str, Any] = {"y": comfy.conds.CONDRegular(classes)}
         if weights is not None:
             conds[LABEL_WEIGHTS] = comfy.conds.CONDRegular(weights)

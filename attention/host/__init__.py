@@ -22,6 +22,7 @@ from .attention_calls import (
     without_replacements,
 )
 from .conds import (
+    CLASS_LABELS,
     LIMITS_OF_A_WINDOW,
     cond_mask,
     cond_region,
@@ -38,7 +39,7 @@ from .graph import NodeCall, executing_node
 from .latent_steps import check_sampler, hides_latent, sampler_name, seen_by_the_model, with_steps
 from .loading import load_file, maps_files, patcher_for
 from .log import log
-from .masks import mask_images
+from .masks import colour_images, mask_images
 from .memory import (
     copy_to,
     empty_cache,
@@ -141,6 +142,7 @@ __all__ = [
     "Area",
     "AttentionInputs",
     "CFGGuider",
+    "CLASS_LABELS",
     "Edges",
     "GATE",
     "INTERNAL_PASS",
@@ -168,6 +170,7 @@ __all__ = [
     "changes_unseen",
     "check_interrupted",
     "check_sampler",
+    "colour_images",
     "combines_as_cfg",
     "compute_dtype",
     "cond_or_uncond",

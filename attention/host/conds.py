@@ -17,6 +17,9 @@ import comfy.samplers
 import comfy.utils
 import torch
 
+# In a conditioning of DiT Class Label: (n,) int64, one class for each image of the batch; below 0: no class.
+CLASS_LABELS = "fovea_class_labels"
+
 
 def cond_region(cond: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
     """Return the part of ``x`` that a cond with an area works on, as a view."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
+from .model_call import diffusion_model
 from .node_text import NodeText
 from .patching import attach, detach
 
@@ -68,7 +69,7 @@ def join_edges(model: Any, network: nn.Module, edges: Edges) -> Any:
         del clone.object_patches[name]
     if not any(edges):
         return clone
-    clone = attach(clone, _KEY, _Sizes(edges, _halvings(network)))
+    clone = attach(clone, _KEY, _Seams(edges, _halvings(network)))
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d) and any(module.padding):
             place = f"{_PREFIX}{name}."
@@ -80,8 +81,8 @@ def join_edges(model: Any, network: nn.Module, edges: Edges) -> Any:
     return clone
 
 
-class _Sizes:
-    """Says before a run which sides of its latent cannot be joined without a seam."""
+class _Seams:
+    """Says before a run why its image may have a seam: sides that cannot be joined, or another node's convolutions."""
 
     def __init__(self, edges: Edges, halvings: int) -> None:
         self.edges = edges
@@ -89,14 +90,48 @@ class _Sizes:
         self.text = NodeText()
 
     def outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
-        running = executor.class_obj.model_patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, _KEY)  # may join fewer edges
-        edges = running[0].__self__.edges if running else Edges(False, False)
+        edges = _edges_asked_for(executor.class_obj.model_patcher)
         text = sizes_with_a_seam(edges, self.halvings, noise.shape[-2], noise.shape[-1])
         if text:
             self.text.tell(f"Seamless Tiling: {text}", logging.WARNING)
         else:
             self.text.nothing()
         return executor(noise, *args, **kwargs)
+
+    def sampler_sample(self, executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Any:
+        network, edges = diffusion_model(guider.inner_model), _edges_asked_for(guider.model_patcher)
+        _drop_what_was_put_back(network)
+        other = _other_tiling(network, edges) if any(edges) else None  # the model is loaded now, as it will run
+        if other is not None:
+            self.text.tell(
+                f"Seamless Tiling: another node ({other}) has replaced the convolutions of this model and joins other edges, so "
+                "the image may show a seam. Remove the other tiling node; if this line stays, restart ComfyUI.",
+                logging.WARNING,
+            )
+        return executor(guider, *args, **kwargs)
+
+
+def _edges_asked_for(model: Any) -> Edges:
+    """Return which edges a running MODEL was made to join, perhaps fewer than the MODEL that it was made from."""
+    running = model.get_wrappers(WrappersMP.OUTER_SAMPLE, _KEY)
+    return running[0].__self__.edges if running else Edges(False, False)
+
+
+def _drop_what_was_put_back(network: nn.Module) -> None:
+    """Take away methods that ComfyUI has put on convolutions after another node's object patch: they hide a class's own."""
+    for module in network.modules():
+        function = getattr(module.__dict__.get(_CONVOLVE), "__func__", None)
+        if isinstance(module, nn.Conv2d) and function is not None and not _is_foreign(function):
+            del module.__dict__[_CONVOLVE]
+
+
+def _other_tiling(network: nn.Module, edges: Edges) -> str | None:
+    """Return where the function comes from that makes a loaded network join other edges than these; None: it joins them."""
+    for conv in _convolutions(network, {}):
+        if conv.replaced is not None and _edges_of(conv) != edges:
+            function = conv.replaced.func if isinstance(conv.replaced, functools.partial) else conv.replaced
+            return str(getattr(function, "__module__", type(function).__module__))
+    return None
 
 
 def sizes_with_a_seam(edges: Edges, halvings: int, height: int, width: int) -> str:

@@ -19,6 +19,10 @@ from .stages import joined, stages_of
 _SAME_LATENT = 0.02
 # Of an image's variance, what its own latent explains linearly is 0.5 and more, that of another image with another seed less.
 _OWN, _CLEARLY_MORE = 0.3, 0.1
+# Images of a batch are put in another order only where it is beyond doubt.
+_FAR_MORE = 0.3
+# An image whose colours vary less than this, of 0..1, is too plain to tell.
+_PLAIN = 0.04
 _CELLS = 64
 
 
@@ -182,35 +186,73 @@ def _is_exact(run: Run, images: Tensor) -> bool:
 
 
 def likeness_of(run: Run, images: Tensor) -> float:
-    """Return how much of the images the run's result explains, 0 to 1; -1 where nothing is known."""
+    """Return how much of the images the run's result explains, 0 to 1; -1 where nothing is known.
+
+    Of each video the first frame counts.
+    """
     if run.result is None:
         return -1.0
-    if len(images) >= len(run.result):
-        return sum(likeness(images[at], run.result[at]) for at in range(len(run.result))) / len(run.result)
-    return max(likeness(images[0], latent) for latent in run.result)
+    each = max(len(images) // len(run.result), 1)
+    return float(likenesses(images[::each], run.result).amax(1).mean())
+
+
+def is_unlike(run: Run, image: Tensor, entry: int, frame: int = 0) -> bool:
+    """Return whether an image does not look like what the run made of an entry of the batch; False where nothing is known."""
+    if run.result is None or len(run.result) != run.recording.batch:
+        return False
+    colours = image[..., :3].float()
+    if float((colours - colours.mean((0, 1))).square().mean()) < _PLAIN**2:
+        return False
+    latent = run.result[entry]
+    if latent.ndim == 4:
+        latent = latent[:, min(frame, latent.shape[1] - 1)]
+    return 0 <= likeness(image, latent) < _OWN
+
+
+def entries_of(run: Run, images: Tensor) -> list[int] | None:
+    """Return which entry of the batch each image is; None where that is not clear from what they look like."""
+    if run.result is None or len(run.result) != run.recording.batch or len(run.result) < 2:
+        return None
+    best, entries = likenesses(images, run.result).topk(2, 1)
+    found: list[int] = entries[:, 0].tolist()
+    clear = (best[:, 0] >= _OWN) & (best[:, 0] - best[:, 1] >= _FAR_MORE)
+    return found if bool(clear.all()) and len(set(found)) == len(found) else None
 
 
 def likeness(image: Tensor, latent: Tensor) -> float:
-    """Return the share of an image's variance that a linear map of its latent's channels explains, 0 to 1.
+    """Return the likeness of one image and one latent; see ``likenesses``."""
+    return float(likenesses(image[None], latent[None]))
 
-    What decoders make of a latent is roughly linear in it: ComfyUI's live previews live on that.
+
+def likenesses(images: Tensor, latents: Tensor) -> Tensor:
+    """Return the share of each image's variance that a linear map of each latent's channels explains: (images, latents).
+
+    It is 0 to 1, and -1 where a latent is plain or too small to tell. What decoders make of a latent is roughly linear in it:
+    ComfyUI's live previews live on that.
 
     Args:
-        image: (height, width, channels).
-        latent: (channels, height, width), or (channels, frames, height, width), whose first frame counts.
+        images: (images, height, width, channels).
+        latents: (latents, channels, height, width), or (latents, channels, frames, height, width), whose first frame counts.
     """
-    latent = latent[:, 0] if latent.ndim == 4 else latent
-    if latent.ndim != 3:
-        return -1.0
-    size = tuple(min(side, _CELLS) for side in latent.shape[-2:])
-    seen = resize_maps(latent.float().nan_to_num(), size, "area").flatten(1).T
-    pixels = resize_maps(image[..., :3].detach().float().cpu().movedim(-1, 0), size, "area").flatten(1).T
-    seen, pixels = seen - seen.mean(0), pixels - pixels.mean(0)
-    total = float(pixels.square().sum())
-    free = len(seen) - seen.shape[1] - 1
-    if total <= 1e-9 * pixels.numel() or free <= 0:
-        return 0.0
-    ridge = torch.eye(seen.shape[1]) * (1e-6 * float(seen.square().mean()) * len(seen) + 1e-12)
-    weights = torch.linalg.solve(seen.T @ seen + ridge, seen.T @ pixels)
-    rest = float((pixels - seen @ weights).square().sum())
-    return max(1 - rest / total * (len(seen) - 1) / free, 0.0)
+    latents = latents[:, :, 0] if latents.ndim == 5 else latents
+    if latents.ndim != 4:
+        return torch.full((len(images), len(latents)), -1.0)
+    size = tuple(min(side, _CELLS) for side in latents.shape[-2:])
+    small = torch.stack([resize_maps(image[..., :3].detach().float().cpu().movedim(-1, 0), size, "area") for image in images])
+    pixels = small.flatten(2).mT
+    pixels = pixels - pixels.mean(1, keepdim=True)
+    seen = resize_maps(latents.detach().float().cpu().nan_to_num(), size, "area").flatten(2).mT
+    return torch.stack([_explained(pixels, each - each.mean(0)) for each in seen], 1)
+
+
+def _explained(pixels: Tensor, seen: Tensor) -> Tensor:
+    """Return the share of the variance of each image (images, cells, colours) that a latent (cells, channels) explains."""
+    cells, channels = seen.shape
+    free = cells - channels - 1
+    if free <= 0 or float(seen.square().mean()) <= 1e-9:
+        return torch.full((len(pixels),), -1.0)
+    total = pixels.square().sum((1, 2))
+    ridge = torch.eye(channels) * (1e-6 * float(seen.square().mean()) * cells + 1e-12)
+    rest = (pixels - seen @ torch.linalg.solve(seen.T @ seen + ridge, seen.T @ pixels)).square().sum((1, 2))
+    share = (1 - rest / total.clamp(min=1e-30) * (cells - 1) / free).clamp(min=0)
+    return torch.where(total <= 1e-9 * pixels[0].numel(), torch.zeros(()), share)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from .attn_maps import AttnMaps
 from .heats import Source
-from .matching import fits_shape
+from .matching import entries_of, fits_shape, is_unlike
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class Paired:
 def paired(maps: AttnMaps, images: Tensor, prompt: str, batch_index: int = -1, frame: int = -1) -> Paired:
     """Return what was captured of each image, of the images that are asked for.
 
-    Image b belongs to entry b of the captured batch; the map of a single entry serves any number of images. Of a video, the
-    first frame belongs to the first latent frame and each further latent frame to as many frames as the others.
+    Image b belongs to entry b of the captured batch, unless the images are clearly those of other entries; the map of a single
+    entry serves any number of images. Of a video, the first frame belongs to the first latent frame and each further latent
+    frame to as many frames as the others.
 
     Args:
         batch_index: only this image of the captured batch, from 0; -1: all.
@@ -47,20 +48,59 @@ def paired(maps: AttnMaps, images: Tensor, prompt: str, batch_index: int = -1, f
         )
     if frame >= 0 and maps.frames == 1:
         raise ValueError(f"frame is {frame}, but the sampled latent is an image, not a video: use -1.")
-    return _video(maps, images, prompt, batch_index, frame) if maps.frames > 1 else _batch(maps, images, prompt, batch_index)
+    found = _video(maps, images, prompt, batch_index, frame) if maps.frames > 1 else _batch(maps, images, prompt, batch_index)
+    return replace(found, notes=[*found.notes, *_unlike(maps, found)])
 
 
 def _batch(maps: AttnMaps, images: Tensor, prompt: str, batch_index: int) -> Paired:
-    count = len(images)
+    entries, notes = _entries(maps, images, batch_index)
     if batch_index >= 0:
-        if count == maps.batch:
-            images = images[batch_index : batch_index + 1]
-        elif count > 1:
-            raise ValueError(_wrong_number(count, maps.batch))
-        return Paired(images, [Source(maps, prompt, batch_index)], [])
-    if count == maps.batch or maps.batch == 1:
-        return Paired(images, [Source(maps, prompt, at if maps.batch > 1 else 0) for at in range(count)], [])
-    raise ValueError(_wrong_number(count, maps.batch))
+        if batch_index not in entries or maps.batch < len(entries):
+            raise ValueError(_wrong_number(len(images), maps.batch))
+        at = entries.index(batch_index)
+        images, entries = images[at : at + 1], [batch_index]
+    return Paired(images, [Source(maps, prompt, entry) for entry in entries], notes)
+
+
+def _entries(maps: AttnMaps, images: Tensor, batch_index: int) -> tuple[list[int], list[str]]:
+    """Return which entry of the captured batch each image is, with notes."""
+    count, own = len(images), list(range(maps.batch))
+    if maps.batch == 1:
+        return [0] * count, []
+    if count == 1 and batch_index >= 0:
+        return [batch_index], []
+    found = entries_of(maps.runs[-1], images) if count <= maps.batch else None
+    if found is not None and found != own:
+        named = ", ".join(str(entry) for entry in found)
+        which = "another order than the captured batch" if count == maps.batch else f"{count} of {maps.batch} sampled images"
+        return found, [f"images has {which}: the maps shown are those of batch_index {named}, which it looks like"]
+    if count != maps.batch:
+        raise ValueError(_wrong_number(count, maps.batch))
+    return own, []
+
+
+def _unlike(maps: AttnMaps, found: Paired) -> list[str]:
+    """Return a note where images do not look like what the run made; one frame of a video that does speaks for all."""
+    run, count = maps.runs[-1], len(found.images)
+    strange = (
+        is_unlike(run, image, source.batch, source.frame or 0) for image, source in zip(found.images, found.sources, strict=True)
+    )
+    if maps.frames > 1:
+        return [_unlike_note("the video looks" if count > 1 else "the image looks")] if all(strange) else []
+    numbers = [str(at) for at, here in enumerate(strange, 1) if here]
+    if not numbers:
+        return []
+    named = f"{'images' if len(numbers) > 1 else 'image'} {', '.join(numbers)} of {count}" if count > 1 else "the image"
+    order = " (the images are shown in the order of the captured batch)" if maps.batch > 1 and count > 1 else ""
+    return [_unlike_note(f"{named} {'look' if len(numbers) > 1 else 'looks'}", order)]
+
+
+def _unlike_note(subject: str, order: str = "") -> str:
+    return (
+        f"{subject} different from what the captured run made, so the maps may not fit{order}. Connect the decoded image of the "
+        "captured sampler, and mirror, rotate or crop the masks afterwards as you do the image; if another sampler made it, "
+        "capture that one too. If only colours or details were changed, the maps still fit."
+    )
 
 
 def _wrong_number(count: int, batch: int) -> str:

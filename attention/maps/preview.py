@@ -69,6 +69,7 @@ def preview(maps: AttnMaps, images: torch.Tensor, request: Request) -> Preview:
     else:
         infos = read_prompt(maps, request.prompt, request.clip, request.text)
         words = choose_words(infos, request.words)
+        notes += dict.fromkeys(info.note for info in infos if info.note)
         notes += [f"words: {word.missing} Its mask is empty." for word in words if word.missing]
         asked = bool(request.words.strip()) or any(info.subjects for info in infos)
         if not asked and len(words) * len(images) > _MOST_FIGURES:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import io
+from contextlib import nullcontext
 
 import comfy.samplers
 import numpy
 import pytest
+import tiny_dit
 import torch
 from distill_runs import FAMILY, NULL, SIZE, GivenNoise, Noise, distill, features, fresh_cache, guider_of, random_latent, run
 from families import FAMILIES
@@ -255,6 +258,32 @@ def test_a_null_prompt_of_another_encoder_is_named(node, no_sampling, name):
         )  # fmt: skip
 
 
+TEXT = [[torch.zeros(1, 77, 768), {}]]
+
+
+@pytest.mark.parametrize(
+    ("has_null", "null", "message"),
+    [
+        (True, TEXT, "null_prompt is a text, .* second output, null class, to null_prompt"),
+        (False, TEXT, "null_prompt is a text, .* without a null class. Connect DiT Class Label's first output"),
+        (False, tiny_dit.labels(-1), "null_prompt is no class, .* without a null class. Connect DiT Class Label's first output"),
+        (True, tiny_dit.labels(-1), ""),
+        (False, tiny_dit.labels(3), ""),
+    ],
+)
+def test_a_null_prompt_that_is_none_for_a_dit_is_named(node, tmp_path, node_classes, has_null, null, message):
+    from fovea_attention.attention.dit import load_dit
+
+    network = tiny_dit.tiny(classes=10, null_class=has_null)
+    file = tiny_dit.write(tmp_path / "DiT.pt", {"model": tiny_dit.bare(network), "args": argparse.Namespace(num_classes=10)})
+    latent = {"samples": torch.randn(1, 4, 8, 8)}
+    with torch.inference_mode(), pytest.raises(ValueError, match=message) if message else nullcontext():
+        node(
+            Noise(), guider_of(load_dit(file), 1.0, tiny_dit.labels(3), tiny_dit.labels(3)),
+            comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.0]), latent, latent, null, iterations=1,
+        )  # fmt: skip
+
+
 def test_a_pooled_prompt_of_another_encoder_is_named(node, no_sampling):
     family = FAMILIES["flux"]
     model = family.build()
@@ -291,6 +320,53 @@ def test_a_reference_as_an_image_is_encoded_with_the_vae(node, no_sampling, monk
         for settings, missing in (({"vae": vae}, "reference_image"), ({"reference_image": image}, "vae")):
             with pytest.raises(ValueError, match=f"is connected, but {missing} is not"):
                 distilled(latent, **settings)
+
+
+GREY = torch.rand(1, 64, 64, 1, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("image", [GREY, torch.cat([GREY, GREY * 0 + 1], dim=-1)], ids=["grey", "grey and alpha"])
+def test_grey_images_are_encoded(node, node_classes, image):
+    model, clip, vae = evaluate.load()
+    null = evaluate.encode(clip, [""])
+    latent = {"samples": torch.zeros(1, vae.latent_channels, 16, 16)}
+
+    def encoded(image):
+        return node_classes["FoveaSeamlessEncode"].execute(image, vae)[0]["samples"]
+
+    def distilled(image):
+        return node(
+            Noise(), guider_of(model, 1.0, null, null), comfy.samplers.sampler_object("euler"), torch.tensor([5.0, 1.0]),
+            latent, latent, null, iterations=1, reference_image=image, vae=vae,
+        ).args[0]["samples"]  # fmt: skip
+
+    with torch.inference_mode():
+        for make in (encoded, distilled):
+            assert torch.equal(make(image), make(GREY.repeat(1, 1, 1, 3)))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.zeros(1, 7, 64, 3), "is 64 x 7 pixels, which is less than one latent pixel .* Use a larger image"),
+        (torch.full((1, 64, 64, 3), float("nan")), "holds values that are no numbers"),
+        (GREY.repeat(1, 1, 1, 3) * 255, "holds values up to 25.*, not colours from 0 to 1. Divide the image by 255"),
+        ((GREY * 255).to(torch.uint8), "holds whole numbers .* Divide the image by 255"),
+        (GREY[0], "is an image of shape"),
+    ],
+)
+def test_images_that_cannot_be_encoded_are_named(node, node_classes, no_sampling, image, message):
+    model, clip, vae = evaluate.load()
+    null = evaluate.encode(clip, [""])
+    latent = {"samples": torch.zeros(1, vae.latent_channels, 16, 16)}
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match=f"pixels {message}"):
+            node_classes["FoveaSeamlessEncode"].execute(image, vae)
+        with pytest.raises(ValueError, match=f"reference_image {message}"):
+            node(
+                Noise(), guider_of(model, 1.0, null, null), comfy.samplers.sampler_object("euler"), torch.tensor([5.0, 1.0]),
+                latent, latent, null, reference_image=image, vae=vae,
+            )  # fmt: skip
 
 
 def test_a_vae_of_another_model_is_named(node, no_sampling):

@@ -6,6 +6,7 @@ import comfy.samplers
 import pytest
 import torch
 from distill_runs import (
+    CFG,
     FAMILY,
     NEGATIVE,
     POSITIVE,
@@ -22,6 +23,7 @@ from distill_runs import (
     with_control,
 )
 from families import FAMILIES
+from host_inprocess import host_node
 from tiny_unet import small_model
 
 __all__ = ["distill", "features", "fresh_cache"]
@@ -201,6 +203,31 @@ def test_prompts_for_an_area_act_in_the_windows_that_show_it(node, model):
     other = parts_alone(node, model, [guider_of(model, positive=each) for each in (OTHER, POSITIVE)], **BRIEF)
     assert report["windows"] == 2
     assert (found - alone).abs().mean() < 1e-3 * alone.std() < 1e-1 * (found - other).abs().mean()
+
+
+def for_mask(prompt, columns: slice = slice(None)):
+    mask = torch.zeros(1, SIDE * 8, 2 * SIDE * 8)
+    mask[..., columns] = 1
+    return host_node("ConditioningSetMask")(prompt, mask, "default", 1.0)[0]
+
+
+@pytest.mark.parametrize("noise_mask", [False, True])
+def test_masks_weigh_all_prompts_alike_in_overlapping_windows(node, model, noise_mask):
+    """CFG leaves nothing of a prompt against itself, and a mask of ones on both of them changes nothing."""
+    latent = {"samples": wide_latent()}
+    if noise_mask:
+        latent["noise_mask"] = torch.linspace(0, 1, WIDE[1]).expand(1, 1, *WIDE).contiguous()
+
+    def image(positive, negative, cfg: float):
+        guider = guider_of(model, cfg, positive, negative)
+        return run(node, model, guider=guider, latent=latent, window=SIDE * 8, window_stride=64, **BRIEF)[0]
+
+    masked = for_mask(POSITIVE)
+    for negative in (POSITIVE, masked):
+        plainly = image(masked, negative, 1.0)
+        assert (image(masked, negative, 8.0) - plainly).abs().max() < 1e-3 * plainly.std()
+    found = image(masked, NEGATIVE, CFG)
+    assert (found - image(masked, for_mask(NEGATIVE), CFG)).abs().max() < 1e-3 * found.std()
 
 
 @pytest.mark.parametrize("case", ["whole", "chained", "area"])

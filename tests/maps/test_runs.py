@@ -233,7 +233,7 @@ def test_one_image_of_a_batch_is_named(captured: Any, sampled: Any, preview: Any
     with pytest.raises(ValueError, match="batch_index is 3, but 3 images were sampled: use 0 to 2"):
         preview(maps, images, batch_index=3)
     with pytest.raises(ValueError, match="or one image of it with its number in 'batch_index'"):
-        preview(maps, images[:1])
+        preview(maps, images[:1].flip(2))
     with pytest.raises(ValueError, match="frame is 2, but the sampled latent is an image"):
         preview(maps, images, frame=2)
 

@@ -174,17 +174,20 @@ def convolutions_of(model):
     return [(name, module) for name, module in modules if isinstance(module, torch.nn.Conv2d) and any(module.padding)]
 
 
-def replaced_in_place(model):
-    for _, module in convolutions_of(model):
-        module._conv_forward = convolve_round(True, False).__get__(module)
-    return model
+def convolving(left_right: bool, top_bottom: bool):
+    """A node that replaces the convolutions' function: in the model itself, or by object patches."""
 
+    def changed(model, in_place: bool):
+        clone = model if in_place else model.clone()
+        for name, module in convolutions_of(model):
+            function = convolve_round(left_right, top_bottom).__get__(module)
+            if in_place:
+                module._conv_forward = function
+            else:
+                clone.add_object_patch(f"diffusion_model.{name}._conv_forward", function)
+        return clone
 
-def replaced_by_patches(model):
-    clone = model.clone()
-    for name, module in convolutions_of(model):
-        clone.add_object_patch(f"diffusion_model.{name}._conv_forward", convolve_round(True, False).__get__(module))
-    return clone
+    return changed
 
 
 def mode_in_place(model):
@@ -193,7 +196,11 @@ def mode_in_place(model):
     return model
 
 
-TILINGS = {"replaced": replaced_in_place, "patches": replaced_by_patches, "mode": mode_in_place}
+TILINGS = {
+    "replaced": lambda model: convolving(True, False)(model, in_place=True),
+    "patches": lambda model: convolving(True, False)(model, in_place=False),
+    "mode": mode_in_place,
+}
 
 
 @pytest.mark.parametrize("way", TILINGS)
@@ -218,10 +225,37 @@ def test_a_tiling_that_is_switched_off_is_none(node, model, pack):
     """Packs leave their function in place and pad with zeros again."""
     from fovea_attention.attention import host
 
-    for _, module in convolutions_of(model):
-        module._conv_forward = convolve_round(False, False).__get__(module)
+    convolving(False, False)(model, in_place=True)
     assert host.joined_edges(model, model.model.diffusion_model) == (False, False)
     run(node, model, latent=torch.zeros(1, 4, 16, 24), window=128, **BRIEF)
+
+
+@pytest.mark.parametrize("ours_first", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("theirs", "axis", "agree"),
+    [
+        ((False, False), "both", False),
+        ((True, False), "both", False),
+        ((True, False), "vertical", False),
+        ((True, False), "horizontal", True),
+    ],
+)
+def test_a_tiling_that_wins_over_ours_is_named(model, seamless, caplog, theirs, axis, agree, in_place, ours_first):
+    """Also where it comes behind ours, and only where it joins other edges."""
+    other = convolving(*theirs)
+    tiled = other(seamless(model, axis), in_place) if ours_first else seamless(other(model, in_place), axis)
+    plain(tiled, latent=torch.zeros(1, 4, 16, 16), steps=1)
+    said = [text for text in caplog.messages if f"another node ({__name__}) has replaced the convolutions" in text]
+    assert len(said) == (not agree)
+
+
+def test_a_tiling_that_was_taken_away_leaves_nothing_in_our_way(model, seamless):
+    """ComfyUI puts a method back on the convolutions themselves, where it would hide the one that joins edges."""
+    latent = torch.zeros(1, 4, 16, 16)
+    plain(convolving(True, False)(model, in_place=False), latent=latent, steps=1)
+    tiled = seamless(model, "horizontal")
+    assert follows(lambda noise: plain(tiled, latent=latent, noise=noise), ACROSS) < SAME
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------------
