@@ -36,7 +36,7 @@ from .conds import (
     text_widths,
 )
 from .graph import NodeCall, executing_node
-from .latent_steps import check_sampler, hides_latent, sampler_name, seen_by_the_model, with_steps
+from .latent_steps import check_sampler, hides_latent, sampler_name, seen_by_the_model, uses_last_predictions, with_steps
 from .loading import load_file, maps_files, patcher_for
 from .log import log
 from .masks import colour_images, mask_images
@@ -264,6 +264,7 @@ __all__ = [
     "tiling_key",
     "uncut_control",
     "visible_keys",
+    "uses_last_predictions",
     "wait_for",
     "weight_states",
     "weights_key",

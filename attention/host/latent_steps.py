@@ -8,6 +8,7 @@ that very tensor. What the sampler does with its history, its noise and its othe
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,9 @@ _STATE_COMES_SECOND = {
     "sample_dpmpp_2s_ancestral_cfg_pp",
 }
 
+# Names of multistep samplers, of ComfyUI and of other packs (res_2m).
+_MULTISTEP = re.compile(r"_\dm|multistep|uni_pc|ipndm|^lms|deis|gradient_estimation|er_sde|sa_solver")
+
 # Samplers whose latent is a copy by the time the model sees it, or whose steps are not the schedule's.
 _HIDING_LOOPS = {"sample_unipc", "sample_unipc_bh2", "dpm_fast_function", "dpm_adaptive_function"}
 GOOD_SAMPLERS = "euler, dpmpp_2m, heun, dpmpp_sde or ddim"
@@ -42,6 +46,11 @@ def sampler_name(sampler: Any) -> str:
     function = getattr(sampler, "sampler_function", None)
     name = getattr(function, "__name__", type(sampler).__name__)
     return str(name).removeprefix("sample_").removesuffix("_function").replace("unipc", "uni_pc")
+
+
+def uses_last_predictions(sampler: Any) -> bool:
+    """Return whether a sampler goes on from the last predictions, too (multistep), by its name; other packs name theirs alike."""
+    return _MULTISTEP.search(sampler_name(_innermost(sampler))) is not None
 
 
 def hides_latent(sampler: Any) -> bool:

@@ -12,6 +12,7 @@ extrapolates, prompt by prompt.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -35,10 +36,14 @@ class SkippingRun:
         clock: the run's sigmas.
         window: the steps that may be skipped.
         images: that are sampled.
+        multistep: the sampler goes on from the last predictions, too.
     """
 
-    def __init__(self, settings: TGateSettings, clock: StepClock, window: GateWindow, images: int = 1) -> None:
+    def __init__(
+        self, settings: TGateSettings, clock: StepClock, window: GateWindow, images: int = 1, *, multistep: bool = False
+    ) -> None:
         self.settings, self.clock, self.window, self.images = settings, clock, window, images
+        self.grows = growth_of_errors(clock.sigmas[window.gate :]) if multistep else 1.0
         self.prompts, self.guided = Line(), Line()  # each prompt's prediction, and the guided one, whose error counts
         self.step = -1
         self.sigma = 0.0
@@ -95,13 +100,13 @@ class SkippingRun:
         """Return the error to expect of the image after this step, were it skipped, as a share of the image's norm.
 
         A step takes that share of its prediction that the noise level falls. Where a step has several evaluations, the last
-        one is at the next step's level.
+        one is at the next step's level. Multistep samplers carry it on, and it grows.
         """
         start, end = self.clock.sigmas[self.step : self.step + 2]
         changes = min(abs(1 - end / start), 1.0) if start > 0 else 1.0
         if self.at_a_step > 1 and end <= 0:
             return math.inf
-        return changes * self.guided.expected_error(self.sigma if self.at_a_step == 1 else end)
+        return changes * self.grows * self.guided.expected_error(self.sigma if self.at_a_step == 1 else end)
 
     def see(self, acting: tuple[Any, ...]) -> None:
         """Begin anew where something else acts than in the last evaluation: the line does not lead on from there."""
@@ -148,7 +153,7 @@ class SkippingRun:
         elif not self.skipped and known:
             reasons.append(
                 f"the error to expect was {min(known):.2g} or more, and max_error is {self.settings.max_error:g} (samplers that "
-                "add noise in every step, and few steps, leave little to extrapolate)"
+                "add noise in every step, multistep samplers with long last steps, and few steps leave little to extrapolate)"
             )
         elif not self.skipped:
             reasons.append(
@@ -156,6 +161,19 @@ class SkippingRun:
                 "would cost"
             )
         return reasons
+
+
+def growth_of_errors(sigmas: Sequence[float]) -> float:
+    """Return how much an error in one of two predictions grows in the steps of a multistep sampler of second order, at least 1.
+
+    It goes on along the line through both, so a step that is long beside the last one takes the error many times over, as the
+    last but one of the *normal* schedule does.
+    """
+    worst = 1.0
+    for before, now, after in zip(sigmas, sigmas[1:], sigmas[2:], strict=False):
+        if before > now > after > 0:
+            worst = max(worst, (1 - after / now) * (1 + math.log(now / after) / math.log(before / now)))
+    return worst
 
 
 class StepSkipping:
@@ -172,7 +190,7 @@ class StepSkipping:
         guider = executor.class_obj
         clock = StepClock.from_sigmas(sigmas)
         window = gate_window(self.settings, clock, partial(host.sigma_at_share, guider))
-        run = SkippingRun(self.settings, clock, window, len(noise))
+        run = SkippingRun(self.settings, clock, window, len(noise), multistep=host.uses_last_predictions(sampler))
         try:
             with host.run_scope(guider, KEY, run):
                 return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)

@@ -198,6 +198,37 @@ def test_samplers_without_noise(skipping, caplog, small, sampler):
     assert sum(calls.rows) < sum(whole.rows) or "; " in caplog.text
 
 
+@pytest.mark.parametrize("scheduler", ["normal", "karras"])
+def test_multistep_samplers_carry_errors_on(skipping, caplog, scenes, scheduler):
+    """The last but one step of *normal* takes an error several times over, so fewer steps are skipped there."""
+    model, positive, negative = scenes
+    plain = generate(model, positive, negative, steps=20, sampler="dpmpp_2m", scheduler=scheduler, seed=0)
+    result = generate(skipping(model), positive, negative, steps=20, sampler="dpmpp_2m", scheduler=scheduler, seed=0)
+    assert (result - plain).norm() < 0.06 * plain.norm()
+    generate(skipping(model), positive, negative, steps=20, seed=0)
+    multistep, single = (int(count) for count in re.findall(r"T-GATE: (\d+) of \d+ steps skipped", caplog.text))
+    assert multistep < single
+
+
+def test_how_much_an_error_grows(pack):
+    from fovea_attention.attention.tgate.skipping import growth_of_errors
+
+    assert growth_of_errors([8.0, 4.0, 2.0, 1.0, 0.0]) == 1.0
+    assert growth_of_errors([2.0, 1.0, 0.125, 0.0]) == pytest.approx(0.875 * (1 + 3))
+    assert growth_of_errors([1.0]) == growth_of_errors([0.5, 0.5, 1.0, 2.0]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [("dpmpp_2m", True), ("dpmpp_3m_sde", True), ("uni_pc", True), ("lms", True), ("ipndm_v", True), ("res_multistep", True),
+     ("deis", True), ("euler", False), ("heun", False), ("ddim", False), ("dpmpp_sde", False), ("lcm", False)],
+)  # fmt: skip
+def test_multistep_samplers_are_known(pack, sampler, expected):
+    from fovea_attention.attention.host import uses_last_predictions
+
+    assert uses_last_predictions(comfy.samplers.sampler_object(sampler)) is expected
+
+
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_sde"])
 def test_samplers_that_add_noise_are_computed_in_full_and_say_so(skipping, caplog, scenes, sampler):
     model, positive, negative = scenes
