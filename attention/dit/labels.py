@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..host import CLASS_LABELS
+from ..host import CLASS_LABELS as LABELS
 from .blends import MOST_CLASSES, to_rows
 
 Conditioning = list[list[Any]]
@@ -229,4 +229,4 @@ def label_conditioning(labels: list[int]) -> Conditioning:
     The indices are integers beside the tensor in which text has its features: that one ComfyUI casts to the model's precision.
     The tensor has them too (``blends``), so that nodes which zero or average it do so to classes.
     """
-    return [[to_rows(labels), {CLASS_LABELS: torch.tensor(labels, dtype=torch.int64)}]]
+    return [[to_rows(labels), {LABELS: torch.tensor(labels, dtype=torch.int64)}]]

@@ -432,9 +432,9 @@ def test_wrong_labels_say_what_to_do(text: str, message: str) -> None:
 def test_the_node_gives_both_conditionings(node_classes: dict[str, Any], load: Callable[..., Any]) -> None:
     node = node_classes["DiTClassLabel"]
     positive, null = node.execute("281: tabby, tabby cat")
-    assert positive[0][1][dit_labels.CLASS_LABELS].tolist() == [281] and null[0][1][dit_labels.CLASS_LABELS].tolist() == [-1]
+    assert positive[0][1][dit_labels.LABELS].tolist() == [281] and null[0][1][dit_labels.LABELS].tolist() == [-1]
     several, _ = node.execute("281: tabby, tabby cat", "7, hen")
-    assert several[0][1][dit_labels.CLASS_LABELS].tolist() == [7, 8]
+    assert several[0][1][dit_labels.LABELS].tolist() == [7, 8]
     assert dit_labels.label_options()[281] == "281: tabby, tabby cat" and len(dit_labels.label_options()) == 1000
     assert torch.equal(sample(load(), positive, null), sample(load(), labels(281), labels(-1)))
 

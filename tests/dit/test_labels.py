@@ -76,7 +76,7 @@ def test_every_entry_of_the_nodes_own_list_is_one_class(node_classes: dict[str, 
         assert dit_labels.parse_labels(option) == [index], option
     pasted = dit_labels.label_options()[2].split(": ", 1)[1]
     conditioning = node_classes["DiTClassLabel"].execute("0: tench, Tinca tinca", pasted)[0]
-    assert conditioning[0][1][dit_labels.CLASS_LABELS].tolist() == [2]
+    assert conditioning[0][1][dit_labels.LABELS].tolist() == [2]
 
 
 @pytest.mark.parametrize(
