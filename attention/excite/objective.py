@@ -101,7 +101,7 @@ class ExciteObjective:
 def _inside(mask: Tensor, subjects: Tensor, rows: Tensor) -> Tensor:
     """Return a mask of some images on the grid of their subjects' maps, (rows, 1, height, width); 1 where it is brightest."""
     coarse = resize_maps(mask.to(subjects.device, subjects.dtype), subjects.shape[-2:], "area")
-    return (coarse / coarse.amax((1, 2), keepdim=True))[rows.to(subjects.device) % len(mask), None]
+    return (coarse / coarse.amax((1, 2), keepdim=True).clamp(min=1e-6))[rows.to(subjects.device) % len(mask), None]
 
 
 def _on_one_grid(measured: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

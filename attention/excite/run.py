@@ -93,6 +93,8 @@ class ExciteRun:
         self.counts = Counts()
         self.first: Tensor | None = None  # (batch, subjects): before anything was moved, and last seen
         self.last: Tensor | None = None
+        self.masks = [host.cond_mask(cond) for cond, _ in prompts]  # where each acts; None: everywhere
+        self.black = [mask is not None and not bool(mask.any()) for mask in self.masks]
         self.looked = False  # a step has looked at the prompts
         self.active = [False] * len(prompts)  # which of them acted then
         self.places: Places | None = None
@@ -181,10 +183,9 @@ class ExciteRun:
             self.places = Places(self.settings.places, len(seen), tokens)
         for number, (cond, prompt) in enumerate(self.prompts):
             grid = self.chosen.grid if "area" not in cond else None
-            own, mask = OwnPrompt(_text_of(cond), self.owners), host.cond_mask(cond)
+            own, mask = OwnPrompt(_text_of(cond), self.owners), self.masks[number]
             objective = ExciteObjective(prompt, self.settings.losses, grid, len(seen), own, self.places, mask)
-            acts = mask is None or bool(mask.flatten(1).any(1).all())
-            found = self.passes.gradient(cond, seen, sigma, objective, rows) if acts else None
+            found = None if self.black[number] else self.passes.gradient(cond, seen, sigma, objective, rows)
             self.active[number] |= found is not None
             strengths.append(objective.strengths if found is not None else torch.full_like(objective.strengths, math.nan))
             if found is None:

@@ -36,10 +36,10 @@ from .conds import (
     text_widths,
 )
 from .graph import NodeCall, executing_node
+from .image_inputs import colour_images, mask_images
 from .latent_steps import check_sampler, hides_latent, sampler_name, seen_by_the_model, uses_last_predictions, with_steps
 from .loading import load_file, maps_files, patcher_for
 from .log import log
-from .masks import colour_images, mask_images
 from .memory import (
     copy_to,
     empty_cache,
@@ -134,10 +134,6 @@ from .window_calls import add_part, calls_in_windows
 from .window_prompts import Area, part, uncut_control
 
 __all__ = [
-    "ModelPatcher",
-    "lazycache_acts",
-    "pad_to_patch_size",
-    "attention_pytorch",
     "AXES",
     "Area",
     "AttentionInputs",
@@ -148,6 +144,7 @@ __all__ = [
     "INTERNAL_PASS",
     "LIMITS_OF_A_WINDOW",
     "ModelOptions",
+    "ModelPatcher",
     "NodeCall",
     "NodeText",
     "Progress",
@@ -162,6 +159,7 @@ __all__ = [
     "apply_model_text",
     "attach",
     "attention_inputs",
+    "attention_pytorch",
     "cache_skips",
     "call_with_cond",
     "calls_in_windows",
@@ -173,8 +171,8 @@ __all__ = [
     "colour_images",
     "combines_as_cfg",
     "compute_dtype",
-    "cond_or_uncond",
     "cond_mask",
+    "cond_or_uncond",
     "cond_region",
     "cond_values",
     "copy_to",
@@ -215,13 +213,14 @@ __all__ = [
     "joined_edges",
     "latent_channels",
     "latent_shape",
+    "lazycache_acts",
     "limited_prompts",
     "load_file",
     "log",
-    "maps_files",
     "make_caches_compute",
     "make_easycache_compute",
     "make_lazycache_compute",
+    "maps_files",
     "mask_images",
     "masked_logits",
     "move_easycache",
@@ -233,6 +232,7 @@ __all__ = [
     "options_for_attention",
     "own_sampler",
     "packs_latents",
+    "pad_to_patch_size",
     "part",
     "patcher_for",
     "pixels_per_latent",
@@ -263,8 +263,8 @@ __all__ = [
     "text_widths",
     "tiling_key",
     "uncut_control",
-    "visible_keys",
     "uses_last_predictions",
+    "visible_keys",
     "wait_for",
     "weight_states",
     "weights_key",

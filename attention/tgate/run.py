@@ -120,7 +120,7 @@ class TGateRun:
         if plan.attention.self_attention is Action.COMPUTE:
             self.cache.forget([site for site in sites if site.kind == "self"])
 
-    def see_replacements(self, acting: tuple[Any, ...], sites: list[AttentionSite]) -> None:
+    def see_others(self, acting: tuple[Any, ...], sites: list[AttentionSite]) -> None:
         """Forget stored cross-attention where another node's replacement (IPAdapter) or another keyframe of a LoRA acts since."""
         if acting != self.acted and (self.cache.means or self.cache.conds):
             self.cache.forget([site for site in sites if site.kind == "cross"])

@@ -113,7 +113,7 @@ class TGate:
 
         sites = run.sites(model)
         replacements = host.acting_replacements(model_options, "attn2", run.sigma)
-        run.see_replacements((replacements, host.acting_hooks(conds, run.sigma)), sites)
+        run.see_others((replacements, host.acting_hooks(conds, run.sigma)), sites)
         now = run.situation(sites, conds, host.needs_uncond(model_options))
         if not now.reuses_text and run.reuses_text:
             run.report.no_text = "the model is compiled" if host.is_compiled(model) else _no_text(model)

@@ -89,6 +89,14 @@ def test_each_image_of_a_batch_has_its_own_mask(sample, scenes, monkeypatch):
         assert bool(maps[1, ..., middle:].any()) and not bool(maps[1, ..., :middle].any())
 
 
+def test_a_black_mask_leaves_the_other_image_its_guidance(sample, scenes):
+    _, encode, _ = scenes
+    both, said = sample(masked(encode("a [red circle]"), torch.cat([half(), half()])), batch=2)
+    one, same = sample(masked(encode("a [red circle]"), torch.cat([half(), 0 * half()])), batch=2)
+    assert torch.allclose(one[0], both[0], atol=1e-5) and bool(one.isfinite().all())
+    assert "not guided" not in said + same and "left out" not in same
+
+
 def test_what_is_never_guided_is_said(sample, scenes):
     _, encode, _ = scenes
 
