@@ -105,7 +105,7 @@ class LayerBatch:
         self.capacity = capacity
         self.names: list[str] = []  # of the layers that it holds
         self._copies: tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]] | None = None
-        self._results: tuple[Tensor, Tensor] | None = None
+        self._result: Tensor | None = None
         tokens = (size.batch, -1, size.heads, size.channels)
         self._form = (size.batch, size.heads, -1, size.channels) if size.heads_first else tokens
 
@@ -128,19 +128,19 @@ class LayerBatch:
         names, self.names = self.names, []
         size = self.size
         assert self._copies is not None
-        if self._results is None:
-            self._results = self._empty(size.keys, size.queries), self._empty(size.keys, size.queries)
-        held = self._copies[0], self._copies[1], *self._results
-        q, k, logits, columns = (tensor[: len(names) * size.batch * size.heads] for tensor in held)
-        torch.bmm(k, q.mul_(size.scale).transpose(-1, -2), out=logits)
-        torch.softmax(logits, -2, out=columns)
+        if self._result is None:
+            self._result = self._empty(size.keys, size.queries)
+        held = *self._copies[:2], self._result
+        q, k, columns = (tensor[: len(names) * size.batch * size.heads] for tensor in held)
+        torch.bmm(k, q.mul_(size.scale).transpose(-1, -2), out=columns)
+        torch.softmax(columns, -2, out=columns)
         if sum([tensor.nbytes for tensor in held]) > _KEPT_BYTES:
-            self._copies = self._results = None
+            self._copies = self._result = None
         return names, columns.view(len(names), size.batch, size.heads, size.keys, size.queries)
 
     def drop(self) -> None:
         """Forget what it holds: the model call has ended early."""
-        self.names, self._copies, self._results = [], None, None
+        self.names, self._copies, self._result = [], None, None
 
     def _empty(self, *shape: int) -> Tensor:
         size = self.size

@@ -237,15 +237,21 @@ class ModelCall:
     def _add_batch(self, batch: LayerBatch) -> None:
         """Add the attention of several layers to each prompt's sums."""
         size, grid = batch.size, batch.grid
+        tracks = self.tracks
         kept = self._kept_heads(size.batch, size.heads, size.keys, size.queries)
         names, columns = batch.columns()
         for name in names:
             self.seen[name] = 1
-        shown = []
-        for track, chunk in zip(self.tracks, columns.chunk(len(self.tracks), 1), strict=True):
-            maps = self._shown(chunk, track, kept)
-            shown.append(maps.view(*maps.shape[:-1], *grid))
-        self.run.add_texts(self.tracks, names, size.heads, shown)
+        chunks = columns.chunk(len(tracks), 1)
+        maps = [self._shown(chunk, track, kept, whole=True) for track, chunk in zip(tracks, chunks, strict=True)]
+        if kept == 1:
+            sums = [each.squeeze(2).sum(0) * size.heads for each in maps]
+        elif all([each.shape[-2] == size.keys for each in maps]):
+            sums = list(columns.sum(2).sum(0).chunk(len(tracks)))  # of all tracks at once
+        else:
+            sums = [each.sum(2).sum(0) for each in maps]
+        maps, sums = ([each.view(*each.shape[:-1], *grid) for each in tensors] for tensors in (maps, sums))
+        self.run.add_texts(tracks, names, size.heads, maps, sums)
 
     def _kept_heads(self, batch: int, heads: int, tokens: int, queries: int) -> int:
         """Return how many heads are kept apart of an attention call: all of them, or only their mean."""
@@ -256,11 +262,15 @@ class ModelCall:
         """Return how many of a text's tokens get maps of their own, the mean over the prompts of the batch."""
         return max(tokens - sum([len(track.padding) for track in self.tracks]) // len(self.tracks), 1)
 
-    def _shown(self, columns: Tensor, track: Track, kept: int) -> Tensor:
-        """Return attention (..., heads, text, image) to the tokens that a view may show: (..., heads or 1, tokens, image)."""
+    def _shown(self, columns: Tensor, track: Track, kept: int, *, whole: bool = False) -> Tensor:
+        """Return attention (..., heads, text, image) to the tokens that a view may show: (..., heads or 1, tokens, image).
+
+        Args:
+            whole: the image attends to nothing but the text.
+        """
         if kept == 1:
             columns = columns.mean(-3, keepdim=True)
-        return track.without_padding(self._folded(columns, track))
+        return track.without_padding(self._folded(columns, track), whole=whole and not self._is_cut(columns, track))
 
     def _folded(self, columns: Tensor, track: Track) -> Tensor:
         """Return attention (..., tokens, image) to the prompt's own rows.
@@ -270,11 +280,15 @@ class ModelCall:
         tokens, rows = columns.shape[-2], track.rows
         if not rows or rows == tokens:
             return columns
-        if self.model.left_padded and tokens > rows:
+        if self._is_cut(columns, track):
             return columns[..., tokens - rows :, :]
         if self.repeats_text and tokens == self.text and tokens % rows == 0:
             return columns.unflatten(-2, (-1, rows)).sum(-3)
         return columns
+
+    def _is_cut(self, columns: Tensor, track: Track) -> bool:
+        """Return whether attention (..., tokens, image) has rows in front that are not the prompt's own."""
+        return self.model.left_padded and 0 < track.rows < columns.shape[-2]
 
 
 # The options under which other nodes replace a layer's attention.

@@ -29,7 +29,7 @@ from .memory import CaptureMemory
 from .padding import padding_of
 from .recording import Recording
 from .settings import CaptureSettings
-from .sums import LayerSum, SelfSum, Track, add_steps, lowered, pooled, pooled_self, size_of
+from .sums import LayerSum, SelfSum, Track, lowered, pooled, pooled_self, size_of
 
 
 class CaptureRun:
@@ -177,25 +177,29 @@ class CaptureRun:
             known.add(memory.reduced(maps).to(known.total.device))
             track.add_step(pooled(step_maps, memory.side).to(known.total.device), heads)
 
-    def add_texts(self, tracks: Sequence[Track], layers: Sequence[str], heads: int, maps: Sequence[Tensor]) -> None:
+    def add_texts(
+        self, tracks: Sequence[Track], layers: Sequence[str], heads: int, maps: Sequence[Tensor], sums: Sequence[Tensor]
+    ) -> None:
         """Add one call's attention of several layers on one grid to each prompt's sums.
 
         Args:
             maps: for each track (layers, batch, heads or 1, tokens, frames, height, width).
+            sums: the same, summed over layers and heads.
         """
         with self.lock:
-            is_known = self._adds_in_place(tracks, layers, heads, maps)
+            is_known = self._adds_in_place(tracks, layers, heads, maps, sums)
         if not is_known:
             for track, together in zip(tracks, maps, strict=True):
                 for layer, each in zip(layers, together.unbind(0), strict=True):
                     self.add_text(track, layer, heads, each)
 
-    def _adds_in_place(self, tracks: Sequence[Track], layers: Sequence[str], heads: int, maps: Sequence[Tensor]) -> bool:
+    def _adds_in_place(
+        self, tracks: Sequence[Track], layers: Sequence[str], heads: int, maps: Sequence[Tensor], sums: Sequence[Tensor]
+    ) -> bool:
         """Return whether sums of this size were there, so that all could be added at once."""
         memory, side = self.memory, self.memory.side
         totals: list[Tensor] = []
         added: list[Tensor] = []
-        step_maps: list[Tensor] = []
         for track, together in zip(tracks, maps, strict=True):
             reduced = pooled(together if memory.heads_apart else together.mean(2, keepdim=True), side)
             shape, device = reduced.shape[1:], reduced.device
@@ -205,9 +209,9 @@ class CaptureRun:
                     return False
                 totals.append(known.total)
             added += reduced.unbind(0)
-            step_maps.append(pooled(together.sum(2) if together.shape[2] == heads else together.mean(2) * heads, side))
         torch._foreach_add_(totals, added)
-        add_steps(tracks, step_maps, heads)
+        for track, each in zip(tracks, sums, strict=True):
+            track.add_step(pooled(each, side), len(layers) * heads)
         return True
 
     def sort_steps(self, tracks: Sequence[Track], grids: Sequence[Grid]) -> None:

@@ -79,8 +79,12 @@ class Track:
             return None
         return [position for position in range(self.tokens) if position not in self.padding]
 
-    def without_padding(self, columns: Tensor) -> Tensor:
-        """Return attention (..., tokens, image) with that to padding added up behind that to all other tokens."""
+    def without_padding(self, columns: Tensor, *, whole: bool = False) -> Tensor:
+        """Return attention (..., tokens, image) with that to padding added up behind that to all other tokens.
+
+        Args:
+            whole: what each place of the image attends to sums to 1, so that padding has what is left.
+        """
         tokens = columns.shape[-2]
         if self.tokens is None:
             self.tokens = tokens
@@ -88,7 +92,9 @@ class Track:
             return columns
         first = min(self.padding)
         if len(self.padding) == tokens - first:  # all of it is at the end: no indices to bring to the device
-            return torch.cat([columns[..., :first, :], columns[..., first:, :].sum(-2, keepdim=True)], -2)
+            chosen = columns[..., :first, :]
+            rest = (1 - chosen.sum(-2, keepdim=True)).clamp_(min=0) if whole else columns[..., first:, :].sum(-2, keepdim=True)
+            return torch.cat([chosen, rest], -2)
         chosen = columns[..., self.kept, :]
         return torch.cat([chosen, (columns.sum(-2, keepdim=True) - chosen.sum(-2, keepdim=True)).clamp(min=0)], -2)
 
@@ -113,8 +119,11 @@ class Track:
         if not self.step:
             return
         size = self.finest[1:]
-        weight = sum(heads for _, heads in self.step.values())
-        maps = torch.stack([resize_maps(total, size) for total, _ in self.step.values()]).sum(0) / weight
+        weight = sum([heads for _, heads in self.step.values()])
+        first, *others = [resize_maps(total, size) for total, _ in self.step.values()]
+        maps = first / weight
+        for each in others:
+            maps.add_(each, alpha=1 / weight)
         self.step.clear()
         before = self.before if self.before is not None and self.before.shape == maps.shape else None
         change = torch.full_like(maps[..., 0, 0, 0], math.nan) if before is None else (maps - before).square().sum((2, 3, 4))
@@ -158,28 +167,6 @@ class Track:
         else:
             known.total += matrix
             known.weight += weight
-
-
-def add_steps(tracks: Sequence[Track], maps: Sequence[Tensor], heads: int) -> None:
-    """Add several layers' maps (layers, batch, tokens, frames, height, width) to each track's step, in the layers' order."""
-    grid = grid_of(maps[0])
-    weight = heads * maps[0].shape[0]
-    before = [track.step[grid] for track in tracks if grid in track.step]
-    by_layer = [list(layer) for layer in zip(*[each.unbind(0) for each in maps], strict=True)]
-    if len(before) == len(tracks):
-        sums = [total for total, _ in before]
-    elif not before:
-        before = [(each, 0) for each in maps]
-        sums = by_layer.pop(0)
-    else:
-        for track, each in zip(tracks, maps, strict=True):
-            for one in each.unbind(0):
-                track.add_step(one, heads)
-        return
-    for layer in by_layer:
-        sums = list(torch._foreach_add(sums, layer))
-    for track, (_, known), total in zip(tracks, before, sums, strict=True):
-        track.step[grid] = (total, known + weight)
 
 
 def grid_of(maps: Tensor) -> Grid:

@@ -29,6 +29,7 @@ from bench.measure import SAME_KERNEL, Moment, Timings, add_run_arguments, machi
 from bench.models import CFG, TINY, UNETS, Shape, Target, host_network, inputs_of_a_run, random_tensor, tiny
 
 SIZE, STEPS = 128, 10
+WORD_ROWS = 16  # of a usual prompt's 77
 PARTS = ("gradient", "excite", "distill", "maps", "tgate")
 
 
@@ -140,13 +141,22 @@ def distill_part(pairs: int, target: Target) -> str:
 # --- sampling ---------------------------------------------------------------------------------------------------------------
 
 
-def sampling(model: Any, shape: Shape, stamps: list[list[float]] | None = None) -> Callable[[], Tensor]:
-    """Return a sampling run; the seconds of its steps are added to ``stamps``."""
+def sampling(
+    model: Any, shape: Shape, stamps: list[list[float]] | None = None, rows: int | None = None
+) -> Callable[[], Tensor]:
+    """Return a sampling run; the seconds of its steps are added to ``stamps``.
+
+    Args:
+        rows: of the prompts, behind which all are zeros, as encoders leave padding; None: every row is a word's.
+    """
     import comfy.sample
 
     latent = torch.zeros(1, 4, SIZE // 8, SIZE // 8)
     noise, positive, negative = inputs_of_a_run(latent, shape.context)
     told = {"pooled_output": random_tensor(3, 1, shape.pooled)} if shape.pooled else {}
+    if rows is not None:
+        for prompt in (positive, negative):
+            prompt[:, rows:] = 0
 
     def run() -> Tensor:
         moments = [now()]
@@ -162,13 +172,21 @@ def sampling(model: Any, shape: Shape, stamps: list[list[float]] | None = None) 
     return run
 
 
-def _compared(variants: Mapping[str, Any], shape: Shape, pairs: int) -> dict[str, tuple[list[list[float]], int, int]]:
-    """Return for every model: the seconds of each counted run's steps, its Python calls and its torch operations."""
+def _compared(
+    variants: Mapping[str, Any], shape: Shape, pairs: int, rows: Mapping[str, int] | None = None
+) -> dict[str, tuple[list[list[float]], int, int]]:
+    """Return for every model: the seconds of each counted run's steps, its Python calls and its torch operations.
+
+    Args:
+        rows: of a variant's prompts, as in ``sampling``; all of them where it is not named.
+    """
+    rows = rows or {}
     stamps: dict[str, list[list[float]]] = {name: [] for name in variants}
-    take_turns({name: sampling(model, shape, stamps[name]) for name, model in variants.items()}, pairs, say=lambda _: None)
+    runs = {name: sampling(model, shape, stamps[name], rows.get(name)) for name, model in variants.items()}
+    take_turns(runs, pairs, say=lambda _: None)
     found = {}
     for name, model in variants.items():
-        run = sampling(model, shape)
+        run = sampling(model, shape, rows=rows.get(name))
         found[name] = (stamps[name][1:], calls_of(run), operations_of(run))
     return found
 
@@ -180,7 +198,9 @@ def _median(runs: list[list[float]], steps: slice) -> Timings:
 def maps_part(name: str, shape: Shape, pairs: int, target: Target) -> str:
     """Compare a step of sampling with and without maps captured."""
     model = host_network(shape, target)
-    found = _compared({"plain": model, "capture": pack_nodes()["AttnMapCapture"].execute(model)[0]}, shape, pairs)
+    watched = pack_nodes()["AttnMapCapture"].execute(model)[0]
+    padded = f"capture, {WORD_ROWS} rows of words"
+    found = _compared({"plain": model, "capture": watched, padded: watched}, shape, pairs, {padded: WORD_ROWS})
     usual = slice(1, None)  # in the first step runs also get ready
     rows = []
     for side, (runs, calls, operations) in found.items():

@@ -343,7 +343,9 @@ def test_a_straight_line_is_told_from_a_curve():
     assert scaling.line([1, 2, 4, 8], [1, 4, 16, 64])[2] > 0.1
 
 
-@pytest.mark.parametrize(("part", "sides"), [("maps", ("plain", "capture")), ("tgate", ("plain", "T-GATE", "off"))])
+@pytest.mark.parametrize(
+    ("part", "sides"), [("maps", ("plain", "capture", "capture, 16 rows of words")), ("tgate", ("plain", "T-GATE", "off"))]
+)
 def test_launches_of_sampling_are_counted(part, sides, monkeypatch):
     monkeypatch.setattr(launches, "STEPS", 6)
     written = launches.written_parts([part], ["sd15"], 1, CPU)[0]
