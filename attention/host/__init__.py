@@ -107,6 +107,7 @@ from .sampling import (
     sigma_at_share,
     smallest_sigma,
 )
+from .stack import on_one_stack
 from .step_caches import (
     cache_skips,
     easycache_skipped,
@@ -230,6 +231,7 @@ __all__ = [
     "noised",
     "optimized_attention",
     "options_for_attention",
+    "on_one_stack",
     "own_sampler",
     "packs_latents",
     "pad_to_patch_size",

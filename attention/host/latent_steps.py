@@ -17,6 +17,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from .stack import on_one_stack
+
 # Samplers that evaluate twice at a step's own sigma, the second time at the latent they go on with. (The first one ends the
 # step before: Heun's correction, or a midpoint that falls on the next sigma.)
 _STATE_COMES_SECOND = {
@@ -109,7 +111,8 @@ def _watched(sampler: Any, before_step: BeforeStep, steps: Callable[[int], bool]
             options = {**options, wrapped: _watched(options[wrapped], before_step, steps, layers)}
             return function(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
         stand_in = _Steps(model, x, layers, function, before_step, steps, callback)
-        return function(stand_in, x, sigmas, extra_args=extra_args, callback=stand_in.progress, disable=disable, **options)
+        told = {"extra_args": extra_args, "callback": stand_in.progress, "disable": disable}
+        return on_one_stack(function, stand_in, x, sigmas, **told, **options)
 
     return comfy.samplers.KSAMPLER(entered, sampler.extra_options, sampler.inpaint_options)
 

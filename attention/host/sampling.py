@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ import comfy.samplers
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
+
+from .stack import on_one_stack
 
 
 def combines_as_cfg(guider: Any) -> bool:
@@ -101,7 +104,12 @@ def own_sampler(function: Callable[..., torch.Tensor], like: Any = None) -> Any:
         like: another SAMPLER whose options it takes over.
     """
     options = ({}, {}) if like is None else (like.extra_options, like.inpaint_options)
-    return comfy.samplers.KSAMPLER(function, *options)
+
+    @functools.wraps(function)
+    def sample(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return on_one_stack(function, *args, **kwargs)
+
+    return comfy.samplers.KSAMPLER(sample, *options)
 
 
 def is_k_sampler(sampler: Any) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from .patching import ModelOptions, run_state, sampler_scope
 from .sampling import is_k_sampler
+from .stack import on_one_stack
 
 
 def is_comfy_loop(sampler: Any) -> bool:
@@ -122,7 +123,7 @@ def follow_sampler(
         return executor(guider, sigmas, extra_args, progress, *args, **kwargs)
     levels = NoiseLevels(sigmas, executor.class_obj)
     with sampler_scope(options, _LEVELS, levels):
-        return executor(guider, sigmas, extra_args, levels.hearing(progress), *args, **kwargs)
+        return on_one_stack(executor, guider, sigmas, extra_args, levels.hearing(progress), *args, **kwargs)
 
 
 def read_sigma(timestep: torch.Tensor, options: ModelOptions) -> tuple[float, ModelOptions]:

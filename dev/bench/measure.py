@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import torch
-from host_inprocess import start_host
+from host_inprocess import load_pack, start_host
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
@@ -77,12 +77,15 @@ def take_turns(
         memory: read how far memory rises as well, the GPU's where there is one, else the process's: in a round of its own, for
             reading it every few milliseconds takes time from a variant's Python.
     """
+    load_pack()
+    from fovea_attention.attention.host import on_one_stack  # for all: how deep a variant runs is not its merit
+
     timings = {name: Timings() for name in variants}
     for turn in range(repeats + 1):
         for name, run in variants.items():
             with _own_garbage_only():
                 start = now()
-                on_a_stack_in_one_piece(run)
+                on_one_stack(run)
                 seconds = now() - start
             if turn:
                 timings[name].seconds.append(seconds)
@@ -93,20 +96,6 @@ def take_turns(
                 run()
             timings[name].peak_bytes = read.peak
     return timings
-
-
-def on_a_stack_in_one_piece(run: Run) -> object:
-    """Run on a stack that Python need not extend.
-
-    Python keeps its frames in pieces of memory and gives a piece back as soon as it is empty. A loop of calls right where a piece
-    ends makes Python ask the system for a new one in every call (CPython's issue 142183, up to 3.13): one variant of a benchmark
-    took up to 1.37 times as long by nothing but the number of callers above it. This frame's size makes Python take one piece with
-    room for the whole run.
-    """
-    return run()
-
-
-on_a_stack_in_one_piece.__code__ = on_a_stack_in_one_piece.__code__.replace(co_stacksize=25_000)
 
 
 @contextmanager
