@@ -28,6 +28,10 @@ from .rules import Rule, only_shaped, rule_of
 
 Forward = Callable[..., Any]
 
+# Autograd may hold the input of a convolution up to this size, which no gradient needs: to leave it out costs more Python than
+# the room is worth.
+_SMALL_BYTES = 2**20
+
 
 # --- resident --------------------------------------------------------------------------------------------------------------
 
@@ -60,8 +64,11 @@ def _resident_forward(module: Any, adds_in_place: bool) -> Forward | None:
         return lambda x: F.linear(x, weight, bias)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         kept = _WeightKept(weight)
+        most = 0 if adds_in_place else _SMALL_BYTES
 
         def convolve(x: Tensor) -> Any:
+            if x.nbytes <= most:
+                return module._conv_forward(x, weight, bias)
             with saved_tensors_hooks(kept.pack, kept.unpack):
                 return module._conv_forward(x, weight, bias)
 

@@ -188,6 +188,14 @@ def test_weights_that_are_cast_for_every_call(gradient, sites, stored):
     assert_same_gradient(found, gradient_of(gradient, sites, with_weights_of(model))[0])
 
 
+@pytest.mark.parametrize("memory", MEMORY)
+def test_inputs_of_convolutions_that_are_left_out_are_not_missed(gradient, sites, monkeypatch, memory):
+    model = unet()
+    expected, _ = gradient_of(gradient, sites, model, memory=memory)
+    monkeypatch.setattr(gradient.frozen_ops, "_SMALL_BYTES", 0)
+    assert_same_gradient(gradient_of(gradient, sites, model, memory=memory)[0], expected)
+
+
 def test_weights_streamed_through_one_buffer(gradient, sites, monkeypatch):
     """Low VRAM: by the time of the backward pass the buffer holds another layer's weight."""
     model = unet()
@@ -375,10 +383,12 @@ PADDINGS = [
 ]
 
 
-@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize(("resident", "small"), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize(("mode", "padding", "kernel"), PADDINGS)
-def test_every_padding_of_a_convolution(gradient, mode, padding, kernel, resident):
+def test_every_padding_of_a_convolution(gradient, monkeypatch, mode, padding, kernel, resident, small):
     """Nodes for seamless images make convolutions circular."""
+    if not small:
+        monkeypatch.setattr(gradient.frozen_ops, "_SMALL_BYTES", 0)
     network = torch.nn.Sequential(comfy.ops.disable_weight_init.Conv2d(2, 3, kernel, padding=padding, padding_mode=mode))
     for parameter in network.parameters():
         parameter.requires_grad_(False).copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
@@ -392,3 +402,15 @@ def test_every_padding_of_a_convolution(gradient, mode, padding, kernel, residen
     with gradient.frozen_ops.host.swapped_forward(lanes.forwards(adds_in_place=False)), gradient.plain.differentiable():
         assert network[0].__dict__["forward"].__name__ == ("convolve" if resident else "frozen")
         torch.testing.assert_close(slope(), expected)
+
+
+@pytest.mark.parametrize(("adds_in_place", "side", "is_held"), [(False, 8, True), (False, 512, False), (True, 8, False)])
+def test_autograd_holds_small_inputs_of_convolutions_only(gradient, adds_in_place, side, is_held):
+    """Room matters for large ones, and so does what is changed in place behind them."""
+    network = torch.nn.Sequential(comfy.ops.disable_weight_init.Conv2d(2, 1, 3).requires_grad_(False))
+    x = torch.zeros(1, 2, side, side, requires_grad=True)
+    lanes = gradient.frozen_ops.Lanes(network)
+    with gradient.frozen_ops.host.swapped_forward(lanes.forwards(adds_in_place=adds_in_place)):
+        saved = network(x).grad_fn._saved_input
+    assert saved.shape == x.shape
+    assert (saved.untyped_storage().nbytes() == x.nbytes) == is_held
