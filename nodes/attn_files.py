@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -25,6 +26,7 @@ from ._workflow import origin_of
 
 _SUFFIX = ".attn.safetensors"
 _IS_MAPS = re.compile(r"\.attn( \(\d+\))?\.safetensors$")  # ComfyUI numbers an upload whose name is taken
+_LONGEST_NAME = 255  # bytes, in the file systems of Linux, macOS and Windows
 _FOLDER = "attention"  # below the output folder; what Save writes there by default can be loaded without moving it
 
 
@@ -53,6 +55,15 @@ class FoveaSaveAttnMaps(io.ComfyNode):
             ],
             outputs=[AttnMapsSocket.Output(display_name="attn_maps", tooltip="The same attention maps.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        try:
+            if filename_prefix is not None:  # linked: known when the node runs
+                _check_prefix(filename_prefix, is_final="%" not in filename_prefix)
+        except ValueError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(cls, attn_maps: AttnMaps, images: io.Image.Type, filename_prefix: str) -> io.NodeOutput:
@@ -95,15 +106,18 @@ class FoveaLoadAttnMaps(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str = "") -> bool | str:
+    def validate_inputs(cls, file: str | None = "") -> bool | str:
         try:
-            _existing_file(file)
+            if file is not None or not _files():  # None: linked and known when the node runs, or there is nothing to choose
+                _existing_file(file)
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, file: str) -> str:
+    def fingerprint_inputs(cls, file: str | None) -> str | float:
+        if file is None:  # linked: nobody asks once it is known, so it is read anew
+            return math.nan
         digest = hashlib.sha256()
         with open(_existing_file(file), "rb") as stream:
             for block in iter(lambda: stream.read(1 << 20), b""):
@@ -139,7 +153,7 @@ def _names(folder: str) -> list[str]:
     return sorted(names, key=lambda name: ("/" in name, name))
 
 
-def _existing_file(name: str) -> Path:
+def _existing_file(name: str | None) -> Path:
     """The file that a name of the list stands for; nothing outside ComfyUI's folders, whatever the name is."""
     plain, folder = folder_paths.annotated_filepath(name or "")
     if not plain:
@@ -156,10 +170,26 @@ def _prompt_of(hidden: Any) -> dict[str, Any]:
     return (hidden.prompt if hidden is not None else None) or {}
 
 
-def _new_file(prefix: str, images: io.Image.Type) -> Path:
-    """A name that is not taken, in the output folder."""
+def _check_prefix(prefix: str, *, is_final: bool = True) -> None:
+    """Raise ``ValueError`` for what cannot start a file's name.
+
+    Args:
+        is_final: no placeholders are left, whose values may be shorter.
+    """
     if not prefix.strip() or prefix.endswith(("/", "\\")):
         raise ValueError(f"filename_prefix is {prefix!r}: write the start of a name, such as {_FOLDER}/maps.")
+    longest = max(len(os.fsencode(part)) for part in re.split(r"[/\\]", prefix))
+    most = _LONGEST_NAME - len(f"_00000_{_SUFFIX}")
+    if is_final and longest > most:
+        raise ValueError(
+            f"filename_prefix has a name of {longest} bytes, and file systems take {most} before the number and the ending. "
+            "Write a shorter one."
+        )
+
+
+def _new_file(prefix: str, images: io.Image.Type) -> Path:
+    """A name that is not taken, in the output folder."""
+    _check_prefix(prefix)
     output = folder_paths.get_output_directory()
     _inside(output, prefix, "filename_prefix")  # before ComfyUI makes folders: older versions follow links out
     height, width = images.shape[1:3]

@@ -23,6 +23,8 @@ _BRACKETS = (
 )
 _NUMBER = re.compile(r"(?:class(?:es)?|labels?|index)?[\s:_#]*(\d+)", re.IGNORECASE)
 _NUMBERED_NAME = re.compile(r"(\d+)(?:\s*:\s*|\s+-\s+|\s+)(.+)")
+_NAME_OF_NUMBER = re.compile(r"(.*[^\W\d].*?)\s*:\s*(\d+)")  # the other way round: "golden retriever: 207"
+_QUOTED_KEY = re.compile(r"""["']\s*:\s*[\["'\s]*""")  # of JSON and Python: "207": ["n02099601", "golden_retriever"]
 _WORDNET = re.compile(r"(n\d{8})(?:[\s_:]+(.*))?", re.IGNORECASE)
 
 
@@ -87,7 +89,7 @@ def _read(text: str) -> list[tuple[int, bool]]:
     read: list[tuple[int, bool]] = []
     while entries:
         index, used = _first(entries)
-        by_name = not (_NUMBER.fullmatch(entries[0]) or _NUMBERED_NAME.fullmatch(entries[0]))
+        by_name = not any(form.fullmatch(entries[0]) for form in (_NUMBER, _NUMBERED_NAME, _NAME_OF_NUMBER))
         read.append((index, by_name))
         entries = entries[used:]
     return read
@@ -99,6 +101,7 @@ def _entries(text: str) -> list[str]:
     text = re.sub(r"^\s*(?:np\.|torch\.)?(?:array|tensor)\s*(?=\()", "", text)
     while text[:1] == "(" and text[-1:] == ")" and "(" not in text[1:-1]:
         text = text[1:-1]
+    text = re.sub(r"\s*=\s*", ": ", _QUOTED_KEY.sub(": ", text))
     parts = [part.strip().strip(_BRACKETS).strip().removesuffix(".") for part in _SEPARATORS.split(text)]
     spaced = (part.split() if re.fullmatch(r"\d+(\s+\d+)+", part) else [part] for part in parts)
     return [part for group in spaced for part in group if part]
@@ -113,22 +116,45 @@ def _first(entries: Sequence[str]) -> tuple[int, int]:
         return index, 1 + _spelled(index, entries[1:])
     if numbered:
         index = _checked(numbered[1])
+        if id_of_it := _WORDNET.fullmatch(numbered[2]):
+            return index, _same_class(index, id_of_it, entry) + _spelled(index, entries[1:])
         same = _spelled(index, [numbered[2], *entries[1:]])
         if same or ":" in entry:  # the names of other classes than ImageNet's are not known
             return index, same or 1
     if wordnet:
-        if (found := imagenet_ids().get(wordnet[1].lower())) is None:
-            raise ValueError(
-                f"labels has '{entry}', which is the WordNet id of none of ImageNet's {len(imagenet_ids())} classes. Write the "
-                "class number."
-            )
+        found = _of_id(wordnet[1], entry)
         names = [wordnet[2], *entries[1:]] if wordnet[2] else entries[1:]
         return found, max(1, _spelled(found, names) + (not wordnet[2]))
+    name_first = _NAME_OF_NUMBER.fullmatch(entry)
+    if name_first:
+        return _checked(name_first[2]), 1
     spelled = {index: used for index in range(len(imagenet_names())) if (used := _spelled(index, entries)) > 1}
     if spelled:
         index = max(spelled, key=lambda index: spelled[index])
         return index, spelled[index]
     return _named(entry), 1
+
+
+def _of_id(wordnet: str, entry: str) -> int:
+    found = imagenet_ids().get(wordnet.lower())
+    if found is None:
+        raise ValueError(
+            f"labels has '{entry}', which is the WordNet id of none of ImageNet's {len(imagenet_ids())} classes. Write the class "
+            "number."
+        )
+    return found
+
+
+def _same_class(index: int, wordnet: re.Match[str], entry: str) -> int:
+    """Return 1, the entry that has both a number and a WordNet id.
+
+    Raises:
+        ValueError: they are those of two classes.
+    """
+    found = _of_id(wordnet[1], entry)
+    if found != index:
+        raise ValueError(f"labels has '{entry}', but {wordnet[1]} is class {_shown(found)}. Write one of them.")
+    return 1
 
 
 def _checked(digits: str) -> int:

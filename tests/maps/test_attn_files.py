@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import os
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
+import graph_runs
 import pytest
 import torch
+from graph_runs import node
 from safetensors import safe_open
 from safetensors.torch import save_file
 from saved_maps import files, maps  # noqa: F401 (fixtures)
@@ -144,6 +147,22 @@ def test_nothing_outside_the_output_folder_is_written(files: Any, maps: Any, tmp
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("prefix", ["", "folder/", "x" * 300, "folder/" + "猫" * 100])
+def test_a_name_that_cannot_be_written_is_refused_before_the_run(files: Any, maps: Any, tmp_path: Path, prefix: str) -> None:
+    refusal = files.FoveaSaveAttnMaps.validate_inputs(filename_prefix=prefix)
+    assert isinstance(refusal, str) and refusal.startswith("filename_prefix")
+    with pytest.raises(ValueError, match=re.escape(refusal)):
+        save(files, maps, prefix)
+    assert files.FoveaSaveAttnMaps.validate_inputs(filename_prefix=f"a/{'%KSampler.seed%' * 30}") is True
+
+
+def test_the_longest_name_is_written(files: Any, maps: Any, tmp_path: Path) -> None:
+    most = 255 - len("_00001_.attn.safetensors")
+    assert save(files, maps, "x" * most).is_file()
+    with pytest.raises(ValueError, match=f"name of {most + 1} bytes, and file systems take {most}"):
+        save(files, maps, "x" * (most + 1))
+
+
 def test_files_of_others_and_damaged_ones_are_refused(files: Any, maps: Any, tmp_path: Path) -> None:
     folder = Path(folder_paths.get_input_directory())
     save_file({"x": torch.zeros(1)}, folder / "model.attn.safetensors")
@@ -153,6 +172,43 @@ def test_files_of_others_and_damaged_ones_are_refused(files: Any, maps: Any, tmp
     (folder / "half.attn.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="damaged"):
         files.FoveaLoadAttnMaps.execute("half.attn.safetensors")
+
+
+class TestName:
+    """A file's name that another node makes."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("*",), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"name": ("STRING", {})}}
+
+    def make(self, name: str) -> tuple[str]:
+        return (name,)
+
+
+def test_names_may_come_from_another_node(files: Any, maps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = graph_runs.executor(monkeypatch)
+    import execution
+
+    import nodes
+
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "TestName", TestName)
+    path = save(files, maps)
+    graph = {
+        "1": node("TestName", name=f"attention/{path.name} [output]"),
+        "2": node("FoveaLoadAttnMaps", file=["1", 0]),
+        "3": node("EmptyImage", width=8, height=8, batch_size=1, color=0),
+        "4": node("TestName", name="linked/maps"),
+        "5": node("FoveaSaveAttnMaps", attn_maps=["2", 0], images=["3", 0], filename_prefix=["4", 0]),
+    }
+    valid = asyncio.run(execution.validate_prompt("1", graph, None))
+    assert valid[0] and not valid[3], valid
+    run(graph)
+    assert (path.parents[1] / "linked" / path.name).is_file()
+    graph["5"]["inputs"]["filename_prefix"] = "x" * 300
+    refused = asyncio.run(execution.validate_prompt("2", graph, None))
+    assert not refused[0] and "Write a shorter one" in json.dumps(refused[3])
 
 
 # --- marks in names -----------------------------------------------------------------------------------------------------
