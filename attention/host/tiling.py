@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
+import itertools
 import logging
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,6 +23,7 @@ _KEY = "fovea.seamless"
 # What an object patch of a convolution changes.
 _PADDING_MODE, _CLASS, _CONVOLVE, _FORWARD = "padding_mode", "__class__", "_conv_forward", "forward"
 _PREFIX = "diffusion_model."
+_MIXING_METHODS = {"bicubic", "bilinear"}  # of ComfyUI's scaling: they look beyond the pixels that they stand for
 _PROBE = 16  # side of the image on which a convolution of another node is tried
 
 
@@ -90,8 +93,10 @@ class _Seams:
         self.text = NodeText()
 
     def outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
-        edges = _edges_asked_for(executor.class_obj.model_patcher)
-        text = sizes_with_a_seam(edges, self.halvings, noise.shape[-2], noise.shape[-1])
+        model = executor.class_obj.model_patcher
+        edges = _edges_asked_for(model)
+        found = sizes_with_a_seam(edges, self.halvings, noise.shape[-2], noise.shape[-1]), _shrinking_with_a_seam(model, edges)
+        text = "; ".join(filter(None, found))
         if text:
             self.text.tell(f"Seamless Tiling: {text}", logging.WARNING)
         else:
@@ -154,6 +159,24 @@ def sizes_with_a_seam(edges: Edges, halvings: int, height: int, width: int) -> s
     return (
         f"the image may show a seam, because the model halves it {halvings} times and cannot halve {' and '.join(parts)}. "
         f"Sides that repeat must be multiples of {unit * 8} pixels."
+    )
+
+
+def _shrinking_with_a_seam(model: Any, edges: Edges) -> str:
+    """Return what to change in a Deep Shrink node whose scaling mixes pixels and takes the edges for ends; empty: nothing."""
+    patches = model.model_options.get("transformer_options", {}).get("patches", {}).values()
+    methods = {
+        value
+        for patch in itertools.chain.from_iterable(patches)
+        if getattr(patch, "__module__", "").endswith("nodes_model_downscale")
+        for name, value in inspect.getclosurevars(patch).nonlocals.items()
+        if name.endswith("scale_method")
+    }
+    if not any(edges) or not methods & _MIXING_METHODS:
+        return ""
+    return (
+        f"the image may show a seam, because Deep Shrink scales by '{min(methods & _MIXING_METHODS)}', which takes the edges for "
+        "ends. Set its downscale_method and upscale_method to bislerp"
     )
 
 

@@ -107,6 +107,24 @@ def test_twice_is_once(model, seamless):
     assert torch.equal(sample(once, *conds, steps=2), sample(twice, *conds, steps=2))
 
 
+@pytest.mark.parametrize(("method", "has_seam"), [("bicubic", True), ("bislerp", False), ("area", False)])
+def test_a_scaling_that_takes_edges_for_ends_is_said(model, seamless, caplog, method, has_seam):
+    shrink = host_node("PatchModelAddDownscale", "comfy_extras.nodes_model_downscale")
+    latent = torch.zeros(1, 4, 32, 16)
+
+    def shrunk(of):
+        return shrink(of, 1, 2.0, 0.0, 1.0, True, method, method)[0]
+
+    for joined in (shrunk(seamless(model)), seamless(shrunk(model))):
+        caplog.clear()
+        images = [plain(joined, latent=latent, noise=Shifted(shifts)) for shifts in ((0, 0), SHIFTS)]
+        assert (difference(*images) > 10 * SAME) == has_seam
+        assert any(f"Deep Shrink scales by '{method}'" in text for text in caplog.messages) == has_seam
+    caplog.clear()
+    plain(shrunk(model), latent=latent)
+    assert "Deep Shrink" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["sd3", "flux", "pixart"])
 def test_transformers_are_refused(name, seamless):
     with pytest.raises(ValueError, match="Seamless Tiling works with U-Nets: SD1.5, SD2 and SDXL"):
