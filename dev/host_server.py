@@ -337,6 +337,16 @@ class HostServer:
         self.check_alive("while it ran the workflow")
         raise ServerError("ComfyUI closed the connection before the workflow was done.")
 
+    def outputs(self, prompt_id: str, timeout: float = 30) -> dict[str, Any]:
+        """Return what each node of a run showed; ComfyUI tells of the run's end before it writes that down."""
+        until = time.monotonic() + timeout
+        while not (entry := self.get(f"/history/{prompt_id}").get(prompt_id)):
+            if time.monotonic() > until:
+                raise ServerError(f"ComfyUI has written nothing down of run {prompt_id} in {timeout:.0f} s.")
+            time.sleep(0.05)
+        found: dict[str, Any] = entry["outputs"]
+        return found
+
     def _collect(self, prompt_id: str, seconds: dict[str, float]) -> Result:
         entry = self.get(f"/history/{prompt_id}").get(prompt_id)
         if not entry or entry["status"]["status_str"] != "success":

@@ -111,7 +111,7 @@ WIDGETS_BY_NODE = """() => Object.fromEntries(
 
 def places(server: HostServer, run: dict[str, Any], node: str) -> dict[str, tuple[float, float]]:
     """Where the red and the blue thing are in the image that a node showed, as fractions of its sides."""
-    image = server.get(f"/history/{run['prompt_id']}")[run["prompt_id"]]["outputs"][node]["images"][0]
+    image = server.outputs(run["prompt_id"])[node]["images"][0]
     data = server.fetch(SavedImage(node, image["filename"], image["subfolder"], image["type"]))
     with Image.open(io.BytesIO(data)) as opened:
         pixels = np.asarray(opened.convert("RGB"), dtype=np.float32)

@@ -154,7 +154,7 @@ def test_maps_are_saved_under_a_name_with_marks_and_uploaded(
         ui.page.evaluate("(id) => { app.graph.getNodeById(id).mode = 2; }", load)  # it has no file yet
         day = datetime.now().strftime("%Y-%m-%d")
         ended = run(ui)
-        (name,) = server.get(f"/history/{ended['prompt_id']}")[ended["prompt_id"]]["outputs"][save]["text"]
+        (name,) = server.outputs(ended["prompt_id"])[save]["text"]
         assert re.fullmatch(rf"attention/{day}-(\d+)x\1-{seed}-%nothing%_\d{{5}}_\.attn\.safetensors", name), name
         ui.centre(save)
         expect(ui.node_texts.filter(has_text=f"output/{name}")).to_be_visible()
