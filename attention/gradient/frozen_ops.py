@@ -30,7 +30,7 @@ Forward = Callable[..., Any]
 
 # Autograd may hold the input of a convolution up to this size, which no gradient needs: to leave it out costs more Python than
 # the room is worth.
-_SMALL_BYTES = 2**20
+_SMALL_BYTES = 2**18
 
 
 # --- resident --------------------------------------------------------------------------------------------------------------
