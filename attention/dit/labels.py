@@ -117,7 +117,8 @@ def _first(entries: Sequence[str]) -> tuple[int, int]:
     if numbered:
         index = _checked(numbered[1])
         if id_of_it := _WORDNET.fullmatch(numbered[2]):
-            return index, _same_class(index, id_of_it, entry) + _spelled(index, entries[1:])
+            _check_same_class(index, id_of_it[1], entry)
+            return index, 1 + _spelled(index, entries[1:])
         same = _spelled(index, [numbered[2], *entries[1:]])
         if same or ":" in entry:  # the names of other classes than ImageNet's are not known
             return index, same or 1
@@ -145,16 +146,11 @@ def _of_id(wordnet: str, entry: str) -> int:
     return found
 
 
-def _same_class(index: int, wordnet: re.Match[str], entry: str) -> int:
-    """Return 1, the entry that has both a number and a WordNet id.
-
-    Raises:
-        ValueError: they are those of two classes.
-    """
-    found = _of_id(wordnet[1], entry)
+def _check_same_class(index: int, wordnet: str, entry: str) -> None:
+    """Raise ``ValueError`` for an entry whose number and WordNet id are those of two classes."""
+    found = _of_id(wordnet, entry)
     if found != index:
-        raise ValueError(f"labels has '{entry}', but {wordnet[1]} is class {_shown(found)}. Write one of them.")
-    return 1
+        raise ValueError(f"labels has '{entry}', but {wordnet} is class {_shown(found)}. Write one of them.")
 
 
 def _checked(digits: str) -> int:

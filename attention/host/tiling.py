@@ -95,8 +95,8 @@ class _Seams:
     def outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
         model = executor.class_obj.model_patcher
         edges = _edges_asked_for(model)
-        found = sizes_with_a_seam(edges, self.halvings, noise.shape[-2], noise.shape[-1]), _shrinking_with_a_seam(model, edges)
-        text = "; ".join(filter(None, found))
+        sizes = sizes_with_a_seam(edges, self.halvings, noise.shape[-2], noise.shape[-1])
+        text = "; ".join(filter(None, [_shrinking_with_a_seam(model, edges), sizes]))
         if text:
             self.text.tell(f"Seamless Tiling: {text}", logging.WARNING)
         else:
@@ -165,18 +165,18 @@ def sizes_with_a_seam(edges: Edges, halvings: int, height: int, width: int) -> s
 def _shrinking_with_a_seam(model: Any, edges: Edges) -> str:
     """Return what to change in a Deep Shrink node whose scaling mixes pixels and takes the edges for ends; empty: nothing."""
     patches = model.model_options.get("transformer_options", {}).get("patches", {}).values()
-    methods = {
+    mixing = {
         value
         for patch in itertools.chain.from_iterable(patches)
         if getattr(patch, "__module__", "").endswith("nodes_model_downscale")
         for name, value in inspect.getclosurevars(patch).nonlocals.items()
-        if name.endswith("scale_method")
+        if name.endswith("scale_method") and value in _MIXING_METHODS
     }
-    if not any(edges) or not methods & _MIXING_METHODS:
+    if not any(edges) or not mixing:
         return ""
     return (
-        f"the image may show a seam, because Deep Shrink scales by '{min(methods & _MIXING_METHODS)}', which takes the edges for "
-        "ends. Set its downscale_method and upscale_method to bislerp"
+        f"the image may show a seam, because Deep Shrink scales by '{min(mixing)}', which takes the edges for ends. Set its "
+        "downscale_method and upscale_method to bislerp"
     )
 
 
